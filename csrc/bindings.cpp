@@ -1,0 +1,91 @@
+// fastpeft._cuda: the functions of ops.h for Python. Addresses (tensor.data_ptr()) and a stream (its cuda_stream) come
+// as integers, so the module links neither torch nor the driver and imports on any machine.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using namespace fastpeft;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(Address address) { return reinterpret_cast<cudaStream_t>(address); }
+
+void check(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of fastpeft. Arguments are addresses and sizes, unchecked: use fastpeft.ops.";
+
+  py::enum_<DType>(m, "DType").value("bf16", DType::bf16).value("fp16", DType::fp16).value("fp32", DType::fp32);
+
+  // Addresses only: it keeps no tensor alive, so make one for each call.
+  py::class_<Nf4Storage>(m, "Nf4Storage")
+      .def_static(
+          "plain",
+          [](Address packed, Address absmax, int blocksize) {
+            Nf4Storage w{};
+            w.packed = pointer<const uint8_t>(packed);
+            w.absmax = pointer<const float>(absmax);
+            w.blocksize = blocksize;
+            return w;
+          },
+          "packed"_a, "absmax"_a, "blocksize"_a)
+      .def_static(
+          "nested",
+          [](Address packed, Address absmax_u8, Address absmax_code, Address absmax2, Address absmax_offset,
+             int blocksize) {
+            Nf4Storage w{};
+            w.packed = pointer<const uint8_t>(packed);
+            w.absmax_u8 = pointer<const uint8_t>(absmax_u8);
+            w.absmax_code = pointer<const float>(absmax_code);
+            w.absmax2 = pointer<const float>(absmax2);
+            w.absmax_offset = pointer<const float>(absmax_offset);
+            w.blocksize = blocksize;
+            return w;
+          },
+          "packed"_a, "absmax_u8"_a, "absmax_code"_a, "absmax2"_a, "absmax_offset"_a, "blocksize"_a);
+
+  m.def(
+      "nf4_dequantize",
+      [](const Nf4Storage& weight, Address out, DType out_dtype, int64_t numel, Address stream) {
+        check("nf4_dequantize", nf4_dequantize({weight, pointer<void>(out), out_dtype, numel}, stream_of(stream)));
+      },
+      "weight"_a, "out"_a, "out_dtype"_a, "numel"_a, "stream"_a);
+
+  // The two below answer on a machine without a driver too: an error is part of the answer.
+  m.def(
+      "device_count",
+      [] {
+        int count = 0;
+        const cudaError_t error = cudaGetDeviceCount(&count);
+        return py::make_tuple(error == cudaSuccess ? count : 0, static_cast<int>(error), cudaGetErrorName(error));
+      },
+      "(GPUs this module can use, cudaError_t, its name); (0, 35, 'cudaErrorInsufficientDriver') without a driver.");
+
+  m.def(
+      "versions",
+      [] {
+        int runtime = 0, driver = 0;
+        cudaRuntimeGetVersion(&runtime);
+        cudaDriverGetVersion(&driver);
+        return py::dict("runtime"_a = runtime, "driver"_a = driver, "archs"_a = FASTPEFT_CUDA_ARCHS);
+      },
+      "CUDA versions as 1000 * major + 10 * minor (driver: 0 if there is none) and the architectures compiled for.");
+}

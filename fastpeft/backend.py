@@ -1,0 +1,104 @@
+"""Which backend runs an op: an argument, then `use_backend`, then FASTPEFT_BACKEND, then the op's own rule.
+
+`cuda` is the native module, `triton` the Triton kernels, `eager` PyTorch operations in the cheapest arrangement.
+`reference` is the plain formula; it runs only when asked for by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
+
+import torch
+
+from fastpeft import _native
+
+NAMES = ("cuda", "triton", "eager", "reference")
+
+_forced: ContextVar[str | None] = ContextVar("fastpeft_backend", default=None)
+_logger = logging.getLogger("fastpeft")
+_logged: set[tuple[str, str]] = set()
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} names the backend {name!r}; allowed are {', '.join(NAMES)}")
+    return name
+
+
+_from_environment = os.environ.get("FASTPEFT_BACKEND") or None
+if _from_environment is not None:
+    _checked(_from_environment, "FASTPEFT_BACKEND")
+
+
+class use_backend:
+    """`with fastpeft.use_backend("eager"): ...` forces one backend in this thread or task; an op that has no such
+    backend, or whose arguments it cannot take, raises and says why."""
+
+    def __init__(self, name: str):
+        self.name = _checked(name, "use_backend")
+        self._tokens: list[Token] = []
+
+    def __enter__(self) -> use_backend:
+        self._tokens.append(_forced.set(self.name))
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        _forced.reset(self._tokens.pop())
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that the caller, the context or the environment asks for; None when nobody does."""
+    if backend is not None:
+        return _checked(backend, "backend=")
+    return _forced.get() or _from_environment
+
+
+def choose(op: str, rules: Mapping[str, Callable[..., str | None]], *args, backend: str | None = None) -> str:
+    """Name of the backend for `op`.
+
+    rules: backend name -> function of `args` that returns None when that backend can run them, else the reason why
+    not; in order of preference. What was asked for by name runs or raises; otherwise the first that can run does, and
+    the reason why the preferred one could not is logged once.
+    """
+    wanted = requested(backend)
+    if wanted is not None:
+        if wanted not in rules:
+            raise ValueError(f"{op} has no backend {wanted!r}; it has {', '.join(rules)}")
+        reason = rules[wanted](*args)
+        if reason is not None:
+            raise ValueError(f"{op} cannot run on backend {wanted!r}: {reason}")
+        return wanted
+    for name, rule in rules.items():
+        reason = rule(*args)
+        if reason is None:
+            return name
+        if args[0].is_cuda and (op, reason) not in _logged:
+            _logged.add((op, reason))
+            _logger.info("%s does not use %s: %s", op, name, reason)
+    raise ValueError(f"{op}: no backend can run these arguments")
+
+
+def needs_cuda_module(tensor: torch.Tensor) -> str | None:
+    """The rule that every native kernel shares: a CUDA tensor, and a native module to give it to."""
+    if not tensor.is_cuda:
+        return f"the tensor is on {tensor.device}"
+    return _native.why_absent
+
+
+def always(*_args) -> str | None:
+    return None
+
+
+def availability() -> dict[str, str | None]:
+    """Backend name -> None when it can run on this machine, else why not."""
+    no_gpu = None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+    try:
+        import triton  # noqa: F401
+
+        no_triton = None
+    except ImportError as error:
+        no_triton = f"triton is not installed ({error})"
+    return {"cuda": _native.why_absent or no_gpu, "triton": no_triton or no_gpu, "eager": None}

@@ -1,0 +1,89 @@
+"""What is installed, which devices there are, and which backends can run here."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl")
+# Instruction sets that decide how fast 16-bit and 4-bit work is on a CPU.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "bf16", "sve")
+
+
+def version(package: str) -> str:
+    """Reads the metadata, because importing the package to ask it can take seconds."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        if package == "fastpeft":  # run from a source tree that is not installed
+            import fastpeft
+
+            return fastpeft.__version__
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    return {"fastpeft": version("fastpeft"), "python": platform.python_version()} | {p: version(p) for p in PACKAGES}
+
+
+def cpu_flags() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():  # only Linux has it
+        return []
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            present = set(line.split(":", 1)[1].split())
+            return [flag for flag in CPU_FLAGS if flag in present]
+    return []
+
+
+def devices() -> list[str]:
+    import torch
+
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        gpus.append(f"cuda:{i} {gpu.name}, capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    if gpus:
+        return gpus
+    flags = ", ".join(cpu_flags()) or "no known flags"
+    return [f"cpu {platform.machine()} ({flags}), {torch.get_num_threads()} threads of {os.cpu_count()} processors"]
+
+
+def doctor() -> dict:
+    """Returns versions: {name: version}, native: reason it is absent or None, devices: [text],
+    backends: {name: reason it cannot run here or None}."""
+    from fastpeft import _native, backend
+
+    return {
+        "versions": versions(),
+        "native": None if _native.cuda is not None else (_native.why_absent or "absent"),
+        "devices": devices(),
+        "backends": backend.availability(),
+    }
+
+
+def table(found: dict):
+    from rich.markup import escape
+    from rich.table import Table
+
+    result = Table(title="fastpeft doctor", show_header=False, title_justify="left")
+    result.add_column(style="bold", no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, text in found["versions"].items():
+        result.add_row(name, text)
+    result.add_section()
+    result.add_row("native module", escape(found["native"] and f"absent: {found['native']}" or "present"))
+    for text in found["devices"]:
+        result.add_row("device", escape(text))
+    result.add_section()
+    for name, reason in found["backends"].items():
+        result.add_row(f"backend {name}", "[green]runs here[/]" if reason is None else f"no: {escape(reason)}")
+    return result
+
+
+def command() -> None:
+    """Show versions, devices, and which backends can run here (and why not)."""
+    from rich.console import Console
+
+    Console().print(table(doctor()))

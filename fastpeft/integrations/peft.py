@@ -1,0 +1,179 @@
+"""accelerate / restore: peft's own modules with a fused forward, by a change of class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
+from fastpeft.nn import frozen
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter module: its name in the model, "fused" or "peft" (left as it was), and why it was left."""
+
+    name: str
+    status: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did to each adapter module; prints as a table, iterates over its rows."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def fused(self) -> int:
+        """Number of fused adapter modules."""
+        return sum(row.status == "fused" for row in self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        width = max([len(row.name) for row in self.rows] + [6])
+        lines = [f"{row.name:<{width}}  {row.status:<6}  {row.reason}".rstrip() for row in self.rows]
+        header = f"{'module':<{width}}  status  reason"
+        return "\n".join([header, *lines, f"{self.fused} of {len(self)} adapter modules are fused"])
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """Gives each LoRA linear of a peft model the fused forward, in place; undone by `restore`.
+
+    model: any module that contains peft layers. Parameters, state-dict keys, trainable flags and peft's own methods
+    stay as they are; layers that are not understood, and calls that are not plain (several active adapters, merged,
+    disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. Also keeps 4-bit
+    layers of bitsandbytes from repacking themselves on a CPU, which would spoil later gradients.
+
+    Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
+    4-bit weight that is repacked already and, with strict=True, when no module can be fused; then nothing is changed.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    rows = []
+    for name, layer in layers:
+        reason = _why_not(layer)
+        rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
+    report = Report(rows)
+    if strict and not report.fused:
+        raise ValueError(f"no adapter module of this model can be fused\n{report}")
+    close_cpu_trap(model)
+    for (_, layer), row in zip(layers, rows, strict=True):
+        if row.status == "fused":
+            layer.__class__ = _FUSED.get(type(layer), type(layer))
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `accelerate`: every module has peft's class again."""
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module.__class__ = _STOCK[type(module)]
+    reopen_cpu_trap(model)
+
+
+def _why_not(layer: BaseTunerLayer) -> str | None:
+    if type(layer) not in _FUSED and not isinstance(layer, _Fused):
+        return f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__} is not supported"
+    base = layer.base_layer
+    if not frozen.is_supported(base):
+        return f"the base layer is a {type(base).__name__}"
+    if frozen.is_linear4bit(base):
+        try:
+            frozen.weight_of(base)
+        except ValueError as error:
+            return str(error)
+    elif not _is_plain(base.weight):
+        return f"the base weight is a {type(base.weight).__name__}"
+    if all(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.lora_A):
+        variants = {type(variant).__name__.removesuffix("LinearVariant") for variant in layer.lora_variant.values()}
+        return f"the adapter is a variant: {', '.join(sorted(variants)) or 'lora_bias'}"
+    return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Neither a sharded nor a quantized tensor subclass."""
+    return type(tensor) in (nn.Parameter, Tensor)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Somebody wants to see the calls of this module (hooks, offloading): they must not be bypassed."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class _Fused:
+    """The fused forward; peft's class follows it in the order of inheritance and serves every other call."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        name = None if args or kwargs else self._fusable_adapter(x)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base, dropout = self.base_layer, self.lora_dropout[name]
+        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        return frozen.lora_forward(base, x, A, B, scaling, dropout_p)
+
+    def _fusable_adapter(self, x: Tensor) -> str | None:
+        """The one adapter that this call may fuse; None where only peft's forward will do."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        active = self._active_adapter
+        if not isinstance(active, str):
+            active = [name for name in active if name in self.lora_A]
+            if len(active) != 1:
+                return None
+            active = active[0]
+        if active not in self.lora_A or active in self.lora_variant or self.lora_bias.get(active):
+            return None
+        base, dropout = self.base_layer, self.lora_dropout[active]
+        lora_A, lora_B = self.lora_A[active], self.lora_B[active]
+        # A wrapped child (FSDP gives it a class of its own) must be called, not read.
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+            return None
+        if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)) or type(dropout) not in _DROPOUTS:
+            return None
+        if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+            return None
+        if not frozen.is_supported(base):
+            return None
+        if not frozen.is_linear4bit(base):
+            if not _is_plain(base.weight):
+                return None
+            if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                return None
+        return active
+
+
+_DROPOUTS = (nn.Dropout, nn.Identity)
+
+
+class FusedLinear(_Fused, lora.Linear):
+    """peft's `lora.Linear` with the fused forward."""
+
+
+_FUSED: dict[type, type] = {lora.Linear: FusedLinear}
+
+if is_bnb_4bit_available():
+
+    class FusedLinear4bit(_Fused, lora.Linear4bit):
+        """peft's `lora.Linear4bit` with the fused forward."""
+
+    _FUSED[lora.Linear4bit] = FusedLinear4bit
+
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}

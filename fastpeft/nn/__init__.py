@@ -1,0 +1,7 @@
+"""Modules over the ops, and the functions that put them into a model and onto a disk."""
+
+from fastpeft.nn.adapter_files import load_adapter, save_adapter
+from fastpeft.nn.convert import convert
+from fastpeft.nn.lora import LoRALinear
+
+__all__ = ["LoRALinear", "convert", "load_adapter", "save_adapter"]

@@ -1,0 +1,120 @@
+"""The frozen linear under an adapter: dense `nn.Linear`, transformers' `Conv1D`, or bitsandbytes' `Linear4bit`."""
+
+from __future__ import annotations
+
+import sys
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.ops import lora_linear
+from fastpeft.quant import NF4Weight
+
+# Module -> (weight, quant_state, quant_state.absmax, view). The three are what changes when bitsandbytes or peft moves,
+# merges or repacks a layer; comparing them by identity costs less than building the view again.
+_views: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    bitsandbytes = sys.modules.get("bitsandbytes")  # nobody has such a module who has not imported it
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    # By name: the modules of fastpeft work without transformers.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_supported(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or is_linear4bit(module) or is_conv1d(module)
+
+
+def weight_of(base: nn.Module) -> Tensor | NF4Weight:
+    """The weight as [N, K], without a copy. Raises what `NF4Weight.from_bnb` raises."""
+    if is_linear4bit(base):
+        return _nf4_view(base)
+    return base.weight.t() if is_conv1d(base) else base.weight
+
+
+def _nf4_view(linear: nn.Module) -> NF4Weight:
+    """The NF4Weight over a Linear4bit's storage."""
+    if torch.compiler.is_compiling():
+        return NF4Weight.from_bnb(linear)
+    weight = linear.weight
+    # After FSDP2's unshard only the module knows the state.
+    state = linear.quant_state or weight.quant_state
+    cached = _views.get(linear)
+    if cached is None or cached[0] is not weight or cached[1] is not state or cached[2] is not state.absmax:
+        view = NF4Weight.from_bnb(linear)
+        cached = _views[linear] = (weight, state, state.absmax, view)
+    return cached[3]
+
+
+def lora_forward(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float) -> Tensor:
+    """`base(x) + scaling * dropout(x) A^T B^T`, fused; x: [..., K] -> [..., N] in the dtype that the base returns."""
+    weight = weight_of(base)
+    if isinstance(weight, Tensor):
+        return lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p)
+    # A 4-bit base computes in a dtype of its own, settled at the first call, and converts back.
+    if not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    inside = x if base.compute_dtype is None else x.to(base.compute_dtype)
+    return lora_linear(inside, weight, A, B, scaling, base.bias, dropout_p=dropout_p).to(x.dtype)
+
+
+def freeze(base: nn.Module) -> None:
+    """No gradients for the base; a 4-bit one no longer repacks its storage at an evaluation on a CPU."""
+    base.requires_grad_(False)
+    if is_linear4bit(base):
+        base.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def add_to_weight(base: nn.Module, delta: Tensor) -> float:
+    """`W <- W + delta` in the storage of `base`; delta: [N, K] float32. The old parameter is replaced, not written.
+
+    Summed in float32 and rounded, or quantized, once. Returns what was lost: the norm of (new weight - exact sum)
+    relative to the norm of delta; 0.0 for a delta of zeros. Raises ValueError when the sum is not finite.
+    """
+    weight = weight_of(base)
+    exact = (weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()) + delta
+    if not torch.isfinite(exact).all():
+        raise ValueError("the merged weight is not finite; the adapter seems to be broken")
+    if isinstance(weight, NF4Weight):
+        base.weight = _requantized(base, exact)
+        stored = weight_of(base).dequantize(torch.float32)
+    else:
+        rounded = exact.to(weight.dtype)
+        base.weight = nn.Parameter(rounded.t().contiguous() if is_conv1d(base) else rounded, requires_grad=False)
+        stored = rounded.float()
+    size = delta.norm()
+    return ((stored - exact).norm() / size).item() if size > 0 else 0.0
+
+
+def _requantized(linear: nn.Module, weight: Tensor) -> nn.Parameter:
+    """weight: [N, K] float32 -> a Params4bit with the settings of `linear`'s own."""
+    old, state = linear.weight, linear.weight.quant_state
+    parameter = type(old)(
+        weight,
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=old.quant_storage,
+        module=linear,
+    )
+    parameter = parameter.to(weight.device)  # quantizes
+    parameter.quant_state.dtype = state.dtype
+    return parameter
+
+
+def restore_weight(base: nn.Module, weight: nn.Parameter) -> None:
+    """Undoes `add_to_weight`: `weight` is the parameter that it replaced."""
+    device = base.weight.device
+    if is_linear4bit(base):
+        base.weight = weight.to(device)
+        base.quant_state = base.weight.quant_state
+    else:
+        base.weight = nn.Parameter(weight.data.to(device), requires_grad=False)

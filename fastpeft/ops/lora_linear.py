@@ -1,0 +1,246 @@
+"""lora_linear: a frozen linear layer, dense or 4-bit, with a low-rank update, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpeft import backend as backends
+from fastpeft.quant import NF4Weight
+from fastpeft.reference.dropout import keep_mask
+from fastpeft.reference.lora_linear import lora_linear as _reference
+
+_RULES = {"eager": backends.always, "reference": backends.always}
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`y = x W^T + bias + scaling * (dropout(x) A^T) B^T`.
+
+    x: [..., K] bf16|fp16|fp32|fp64, any strides. weight: [N, K] in x's dtype, or an NF4Weight, dequantized to it.
+    A: [R, K], B: [N, R]: any float dtype (the master copy may be float32); cast to the compute type, gradients return
+    in their own type. bias: [N] or None. scaling: a float, or a 0-d tensor, which is never read on the host.
+    dropout_p: in [0, 1), applied to the x of the low-rank path only. seed: fixes the mask; drawn from torch's
+    generator when None, so that a checkpoint's recomputation sees the same one.
+
+    Compute type: x's dtype, or autocast's where it is on; products accumulate in float32. Returns [..., N] in the
+    compute type. Saved for backward: x, x A^T and the parameters as they are; neither the mask nor a dequantized
+    weight. Differentiable once with respect to x, A, B, bias and a dense weight.
+
+    Raises ValueError (shapes, ranges, devices, an unable backend) or TypeError (dtypes) before anything is computed.
+    Source: Hu et al., "LoRA", 2021 (https://arxiv.org/abs/2106.09685).
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check(x, weight, A, B, bias, dropout_p, autocast)
+    if isinstance(scaling, Tensor):
+        B, scaling = B * scaling, 1.0
+    seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
+    name = backends.choose("lora_linear", _RULES, x, backend=backend)
+    if name == "reference":
+        return _reference(x, weight, A, B, scaling, bias, dropout_p=dropout_p, seed=seed)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastpeft.lora_linear(x, *_flatten(weight), A, B, bias, scaling, dropout_p, seed)[0]
+    return LoraLinearFn.apply(x, weight, A, B, bias, scaling, dropout_p, seed)
+
+
+def _check(x, weight, A, B, bias, dropout_p, autocast) -> None:
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x is {tuple(x.shape)}, but weight is [{N}, {K}]: the last dimension of x must be {K}")
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
+        raise ValueError(f"A is {tuple(A.shape)} and B is {tuple(B.shape)}; for a weight of [{N}, {K}] "
+                         f"they must be [R, {K}] and [{N}, R]")  # fmt: skip
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias is {tuple(bias.shape)}; it must be ({N},)")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
+    if x.dtype not in _FLOATS or not A.is_floating_point() or not B.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, A is {A.dtype}, B is {B.dtype}; all must be floating point")
+    if not autocast and isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise TypeError(f"x is {x.dtype}, but weight is {weight.dtype}: cast one of them, or use torch.autocast")
+    device = x.device
+    if weight.device != device or A.device != device or B.device != device:
+        raise ValueError(f"x is on {device}, weight on {weight.device}, A on {A.device}, B on {B.device}")
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(0, 2**31 - 1, (), dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+
+
+def _forward_eager(x, weight, A, B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    """x: [M, K]. Returns y [M, N] and xa = dropout(x) A^T [M, R], without dropout's 1 / (1 - p)."""
+    dtype = x.dtype
+    W = _dense(weight, dtype)
+    y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias.to(dtype), x, W.t())
+    del W
+    if dropout_p > 0:
+        x = x * keep_mask(seed, *x.shape, dropout_p)
+        scaling = scaling / (1 - dropout_p)
+    xa = torch.mm(x, A.to(dtype).t())
+    y.addmm_(xa, B.to(dtype).t(), alpha=scaling)
+    return y, xa
+
+
+def _backward_eager(dy, x, xa, weight, A, B, bias, scaling, dropout_p, seed, needs) -> list[Tensor | None]:
+    """dy: [M, N]. Gradients of (x, weight, A, B, bias), None where `needs` is False.
+
+    Every product has the compute type and float32 accumulation; the scaling goes into the small factors.
+    """
+    need_x, need_weight, need_A, need_B, need_bias = needs
+    dtype = dy.dtype
+    dx = dweight = dA = dB = dbias = None
+    keep = keep_mask(seed, dy.shape[0], A.shape[1], dropout_p) if dropout_p > 0 and (need_x or need_A) else None
+    scaling = scaling / (1 - dropout_p)
+    if need_x or need_A:
+        dyb = torch.mm(dy, B.to(dtype))  # [M, R]; the scaling follows in dx and dA
+    if need_x:
+        dx = torch.mm(dy, _dense(weight, dtype))
+        if keep is None:
+            dx.addmm_(dyb, A.to(dtype), alpha=scaling)
+        else:
+            dx.addcmul_(torch.mm(dyb, A.to(dtype)), keep.to(dtype), value=scaling)
+    if need_weight:
+        dweight = torch.mm(dy.t(), x).to(weight.dtype)
+    if need_A:
+        dA = torch.mm(dyb.t(), x if keep is None else x * keep).to(A.dtype).mul_(scaling)
+    if need_B:
+        # xa^T dy is the faster order on a CPU; the small result is transposed while it is cast.
+        dB = torch.empty_like(B, memory_format=torch.contiguous_format).copy_(torch.mm(xa.t(), dy).t()).mul_(scaling)
+    if need_bias:
+        dbias = dy.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
+    return [dx, dweight, dA, dB, dbias]
+
+
+class LoraLinearFn(torch.autograd.Function):
+    """The autograd node of `lora_linear`; its arguments are checked already."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, bias, scaling, dropout_p, seed):
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
+        y, xa = _forward_eager(x, weight, A, B, bias, scaling, dropout_p, seed)
+        if any(ctx.needs_input_grad):
+            _, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
+            # A 4-bit weight is frozen and never written in place: kept as it is, outside of autograd's bookkeeping.
+            dense = weight if isinstance(weight, Tensor) else None
+            ctx.nf4 = weight if dense is None else None
+            kept_x = x if need_A or need_weight else None
+            ctx.save_for_backward(kept_x, xa if need_B else None, dense, A, B, bias, seed)
+            ctx.arguments = (shape, scaling, dropout_p)
+        return y.view(*shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, xa, weight, A, B, bias, seed = ctx.saved_tensors
+        shape, scaling, dropout_p = ctx.arguments
+        weight = ctx.nf4 if weight is None else weight
+        dy = dy.reshape(-1, dy.shape[-1])
+        needs = ctx.needs_input_grad[:5]
+        grads = _backward_eager(dy, x, xa, weight, A, B, bias, scaling, dropout_p, seed, needs)
+        if grads[0] is not None:
+            grads[0] = grads[0].view(shape)
+        return *grads, None, None, None
+
+
+# The same computation as a torch.library op: one opaque node in a compiled graph. Eager mode calls the Function above,
+# which costs a fifth of the dispatch.
+
+_WEIGHT = "Tensor weight, Tensor? absmax, Tensor? absmax_code, Tensor? absmax_scale, Tensor? absmax_offset, "
+_WEIGHT += "int[] shape, int blocksize"
+
+
+def _flatten(weight: Tensor | NF4Weight) -> tuple:
+    if isinstance(weight, Tensor):
+        return weight, None, None, None, None, weight.shape, 0
+    w = weight
+    return w.packed, w.absmax, w.absmax_code, w.absmax_scale, w.absmax_offset, w.shape, w.blocksize
+
+
+def _unflatten(weight, absmax, absmax_code, absmax_scale, absmax_offset, shape, blocksize) -> Tensor | NF4Weight:
+    if absmax is None:
+        return weight
+    nested = (absmax_code, absmax_scale, absmax_offset)
+    return NF4Weight(weight, absmax, tuple(shape), blocksize, torch.float32, *nested)
+
+
+@torch.library.custom_op(
+    "fastpeft::lora_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scaling, float dropout_p, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+)
+def _op(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed):
+    weight = _unflatten(w0, w1, w2, w3, w4, shape, blocksize)
+    y, xa = _forward_eager(x.reshape(-1, x.shape[-1]), weight, A, B, bias, scaling, dropout_p, seed)
+    return y.view(*x.shape[:-1], y.shape[-1]), xa
+
+
+@_op.register_fake
+def _(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed):
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(rows, A.shape[0])
+
+
+@torch.library.custom_op(
+    "fastpeft::lora_linear_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor x, Tensor xa, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scaling,"
+    " float dropout_p, Tensor? seed, bool[] needs) -> Tensor[]",
+)
+def _op_backward(dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs):
+    weight = _unflatten(w0, w1, w2, w3, w4, shape, blocksize)
+    dy, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    grads = _backward_eager(dy, x2, xa, weight, A, B, bias, scaling, dropout_p, seed, needs)
+    if grads[0] is not None:
+        grads[0] = grads[0].view(x.shape)
+    return [grad for grad in grads if grad is not None]
+
+
+@_op_backward.register_fake
+def _(dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs):
+    like = (x, w0, A, B, bias)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, need in zip(like, needs, strict=True) if need]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, *weight, A, B, bias, scaling, dropout_p, seed = inputs
+    ctx.save_for_backward(x, output[1], *weight[:5], A, B, bias, seed)
+    ctx.arguments = (*weight[5:], scaling, dropout_p)
+
+
+def _autograd(ctx, dy, _dxa):
+    x, xa, *weight, A, B, bias, seed = ctx.saved_tensors
+    shape, blocksize, scaling, dropout_p = ctx.arguments
+    needed = ctx.needs_input_grad
+    needs = [needed[0], needed[1], *needed[8:11]]
+    grads = iter(
+        _op_backward(dy, x, xa, *weight, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs)
+    )
+    dx, dweight, dA, dB, dbias = (next(grads) if need else None for need in needs)
+    return dx, dweight, *[None] * 6, dA, dB, dbias, None, None, None
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)

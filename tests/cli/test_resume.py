@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the next run stop as Ctrl-C does, after so many steps."""
+    from fastpeft.cli.progress import ProgressBar
+
+    on_step_end = ProgressBar.on_step_end
+
+    def arm(steps):
+        def stop(self, args, state, control, **kwargs):
+            on_step_end(self, args, state, control, **kwargs)
+            if state.global_step == steps:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ProgressBar, "on_step_end", stop)
+
+    yield arm
+
+
+def disarm(monkeypatch):
+    monkeypatch.undo()
+
+
+def final_loss(path):
+    return json.loads((path / "metrics.json").read_text())["eval_loss_after"]
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(finetune, interrupt, monkeypatch, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finetune(output=whole, steps=6)[0] == 0
+
+    interrupt(5)  # checkpoints are written every second step
+    assert finetune(output=parts, steps=6)[0] == 130
+    disarm(monkeypatch)
+    assert [p.name for p in parts.iterdir()] == ["checkpoints"]
+
+    code, _, err = finetune(output=parts, steps=6)
+    assert code == 2
+    assert "--resume" in err
+    code, _, err = finetune(output=parts, steps=6, resume=True, rank=5)
+    assert code == 2
+    assert "rank 4, not 5" in err
+
+    code, out, err = finetune(output=parts, steps=6, resume=True)
+    assert (code, err) == (0, "")
+    assert "step 0:" not in out  # it did not start again
+    assert final_loss(parts) == pytest.approx(final_loss(whole), abs=2e-3)
+    assert json.loads((parts / "metrics.json").read_text())["eval_loss_before"] > 5
+    assert not (parts / "checkpoints").exists()
+
+
+def test_interrupted_before_the_first_checkpoint_leaves_nothing(finetune, interrupt, tmp_path):
+    interrupt(1)
+    assert finetune(steps=10)[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_is_replaced_only_when_told_and_only_when_the_new_one_is_done(
+    finetune, interrupt, monkeypatch, tmp_path
+):
+    run = tmp_path / "run"
+    assert finetune(steps=1)[0] == 0
+    before = (run / "metrics.json").read_text()
+    for more in ({}, {"resume": True}):
+        code, _, err = finetune(steps=1, **more)
+        assert code == 2
+        assert "--overwrite" in err
+    interrupt(1)
+    assert finetune(steps=10, overwrite=True)[0] == 130
+    disarm(monkeypatch)
+    assert (run / "metrics.json").read_text() == before
+    assert not (run / "checkpoints").exists()
+    assert finetune(steps=2, overwrite=True)[0] == 0
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 2
+
+
+def test_resume_without_an_earlier_run_starts_one(finetune, tmp_path):
+    assert finetune(steps=1, resume=True)[0] == 0
+    assert (tmp_path / "run" / "metrics.json").exists()

@@ -1,0 +1,20 @@
+import os
+
+# Before any import of transformers or bitsandbytes: tests must not wait for a hub that they do not need.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# pytest-xdist runs a process a core: threads of their own on top only take turns.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,284 @@
+"""lora_linear: outputs and every gradient against float64, and what autograd, compile and checkpointing ask of an op."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastpeft import ops, use_backend
+from fastpeft.reference.dropout import keep_mask
+from fastpeft.reference.lora_linear import lora_linear as reference
+from tests.parity import assert_parity, leaf
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def problem(shape, N, R, dtype, master, weight="dense", bias=False, nested=True, blocksize=64):
+    """x, weight, A, B, bias, dy: random, of the sizes that a trained adapter has."""
+    K = shape[-1]
+    x, W, dy = torch.randn(shape), torch.randn(N, K) / K**0.5, torch.randn(*shape[:-1], N)
+    A, B = torch.randn(R, K) / K**0.5, torch.randn(N, R) / R**0.5
+    if weight == "nf4":
+        W = ops.nf4_quantize(W.to(dtype), blocksize, nested)
+    else:
+        W = W.to(dtype)
+    return x.to(dtype), W, A.to(master), B.to(master), torch.randn(N).to(dtype) if bias else None, dy.to(dtype)
+
+
+def run(function, x, weight, A, B, bias, dy, dtype=None, **options):
+    """Output and gradients by name; with `dtype` everything is computed in it."""
+    x, A, B = leaf(x, dtype), leaf(A, dtype), leaf(B, dtype)
+    bias = None if bias is None else leaf(bias, dtype)
+    if isinstance(weight, torch.Tensor) and dtype is not None:
+        weight = weight.to(dtype)
+    y = function(x, weight, A, B, 1.7, bias, **options)
+    y.backward(dy.to(y.dtype))
+    results = {"y": y.detach(), "dx": x.grad, "dA": A.grad, "dB": B.grad}
+    return results if bias is None else results | {"dbias": bias.grad}
+
+
+def check(arguments, **options):
+    if "seed" in options:
+        options_plain = options | {"seed": torch.tensor(options["seed"])}
+    else:
+        options_plain = options
+    actual = run(ops.lora_linear, *arguments, **options)
+    plain = run(reference, *arguments, **options_plain)
+    exact = run(reference, *arguments, dtype=FP64, **options_plain)
+    assert actual.keys() == plain.keys()
+    for name in actual:
+        assert_parity(actual[name], plain[name], exact[name], name)
+
+
+@pytest.mark.parametrize("weight", ("dense", "nf4"))
+@pytest.mark.parametrize("dtype,master", [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32)])
+@pytest.mark.parametrize("M", (0, 1, 63, 129))
+def test_parity_over_sizes_of_batch(M, dtype, master, weight):
+    check(problem((M, 192), 128, 16, dtype, master, weight))
+
+
+@pytest.mark.parametrize("weight", ("dense", "nf4"))
+@pytest.mark.parametrize("R", (1, 4, 13, 64, 384))
+def test_parity_over_ranks(R, weight):
+    check(problem((33, 136), 65, R, BF16, FP32, weight, bias=True))
+
+
+@pytest.mark.parametrize("K,N", [(8, 8), (40, 31), (100, 7), (72, 65), (4160, 24)])
+@pytest.mark.parametrize("nested", (False, True))
+@pytest.mark.parametrize("blocksize", (32, 64, 4096))
+def test_parity_over_4bit_storage(K, N, nested, blocksize):
+    check(problem((17, K), N, 4, BF16, FP32, "nf4", nested=nested, blocksize=blocksize))
+
+
+@pytest.mark.parametrize("shape", [(192,), (5, 192), (2, 5, 192), (2, 3, 5, 192)])
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.3))
+def test_parity_over_dimensions_bias_and_dropout(shape, bias, dropout_p):
+    for dtype in (FP32, BF16):
+        check(problem(shape, 64, 8, dtype, FP32, bias=bias), dropout_p=dropout_p, seed=11)
+    check(problem(shape, 64, 8, BF16, FP32, "nf4", bias=bias), dropout_p=dropout_p, seed=11)
+
+
+def test_parity_for_views():
+    """Non-contiguous and offset x; a transposed weight (Conv1D keeps [K, N]); an expanded gradient."""
+    x, W, A, B, _, dy = problem((6, 70), 32, 4, FP32, FP32)
+    wide = torch.randn(6, 2, 141)
+    for view in (wide[:, 1, 3::2][:, :69], wide[:, :, 1:70], torch.randn(69, 6).t()):
+        arguments = (view, W[:, :69], A[:, :69], B, None, torch.randn(*view.shape[:-1], 32))
+        exact = run(reference, *arguments, dtype=FP64)
+        y = ops.lora_linear(view, *arguments[1:4], 1.7)
+        assert_parity(y, reference(view, *arguments[1:4], 1.7), exact["y"])
+    check((x, W.t().contiguous().t(), A, B, None, dy))
+    check((x, W, A, B, None, torch.ones(1, 1).expand(6, 32)))
+
+
+def test_gradcheck_in_float64():
+    x, W, A, B, b, _ = problem((3, 4, 10), 6, 3, FP64, FP64, bias=True)
+    inputs = tuple(leaf(t) for t in (x, W, A, B, b))
+    for dropout_p in (0.0, 0.4):
+        assert torch.autograd.gradcheck(
+            lambda x, W, A, B, b, p=dropout_p: ops.lora_linear(x, W, A, B, 0.7, b, dropout_p=p, seed=5), inputs
+        )
+
+
+def test_scaling_may_be_a_tensor_and_gets_a_gradient():
+    x, W, A, B, _, _ = problem((5, 24), 16, 3, FP64, FP64)
+    scaling = torch.tensor(1.7, dtype=FP64, requires_grad=True)
+    assert torch.equal(ops.lora_linear(x, W, A, B, scaling), ops.lora_linear(x, W, A, B * 1.7, 1.0))
+    assert torch.autograd.gradcheck(lambda s: ops.lora_linear(x, W, A, B, s), (scaling,))
+
+
+def test_gradients_come_in_the_type_of_the_parameter_and_only_where_asked():
+    x, W, A, B, _, dy = problem((5, 64), 32, 4, BF16, FP32)
+    A = leaf(A)
+    y = ops.lora_linear(x, W, A, B, 1.0)
+    assert y.dtype == BF16
+    y.backward(dy)
+    assert A.grad.dtype == FP32 and A.grad.is_contiguous() and B.grad is None and x.grad is None and W.grad is None
+    assert not ops.lora_linear(x, W, A.detach(), B, 1.0).requires_grad
+
+
+def test_saves_x_xa_and_parameters_only():
+    """Saved for backward: no float32 copy of x, no mask, no dequantized weight."""
+    x, W, A, B, _, _ = problem((256, 512), 384, 8, BF16, FP32, "nf4")
+    x, A, B = leaf(x), leaf(A), leaf(B)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5)
+    sizes = sorted((tuple(t.shape), t.dtype) for t in saved)
+    assert sizes == sorted([((256, 512), BF16), ((256, 8), BF16), ((8, 512), FP32), ((384, 8), FP32), ((), torch.int64)])
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+
+
+def test_double_use_retain_graph_and_second_derivative():
+    x, W, A, B, _, _ = problem((5, 24), 24, 3, FP64, FP64)
+    W, x, A, B = W, leaf(x), leaf(A), leaf(B)
+    inner = ops.lora_linear(x, W, A, B, 0.5)
+    loss = ops.lora_linear(inner, W, A, B, 0.5).square().sum()
+    first = torch.autograd.grad(loss, (x, A, B), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, A, B))
+    plain = reference(reference(x, W, A, B, 0.5), W, A, B, 0.5).square().sum()
+    for a, b, c in zip(first, second, torch.autograd.grad(plain, (x, A, B)), strict=True):
+        assert torch.equal(a, b) and torch.allclose(a, c, rtol=1e-10)
+    (dx,) = torch.autograd.grad(ops.lora_linear(x, W, A, B, 0.5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|twice"):
+        dx.sum().backward()
+
+
+def test_changed_parameters_between_forward_and_backward_are_noticed():
+    x, W, A, B, _, dy = problem((5, 24), 16, 3, FP32, FP32)
+    A, B = leaf(A), leaf(B)
+    y = ops.lora_linear(leaf(x), W, A, B, 1.0)
+    with torch.no_grad():
+        B.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointing_draws_the_same_mask_again(reentrant):
+    x, W, A, B, _, dy = problem((16, 64), 64, 4, FP32, FP32)
+    x, A, B = leaf(x), leaf(A), leaf(B)
+
+    def block(x):
+        return ops.lora_linear(ops.lora_linear(x, W, A, B, 2.0, dropout_p=0.5), W, A, B, 2.0, dropout_p=0.5).tanh()
+
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(3)
+        y = checkpoint(block, x, use_reentrant=reentrant) if checkpointed else block(x)
+        y.backward(dy)
+        gradients.append([t.grad.clone() for t in (x, A, B)])
+        x.grad = A.grad = B.grad = None
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b) and a.abs().sum() > 0
+
+
+def test_dropout_mask_is_fair_and_made_of_its_seed():
+    seed = torch.tensor(12345)
+    keep = keep_mask(seed, 2000, 1000, 0.3)
+    assert torch.equal(keep, keep_mask(seed, 2000, 1000, 0.3))
+    assert torch.equal(keep[:7, :5], keep_mask(seed, 7, 5, 0.3))  # does not depend on the size
+    values = keep.double()
+    # Means of 2e6, 1000 and 2000 Bernoulli draws, and correlations of neighbours: within five standard deviations.
+    deviation = (0.3 * 0.7) ** 0.5
+    assert abs(values.mean() - 0.7) < 5 * deviation / 2e6**0.5
+    assert (values.mean(0) - 0.7).abs().max() < 5 * deviation / 2000**0.5
+    assert (values.mean(1) - 0.7).abs().max() < 5 * deviation / 1000**0.5
+    centred = (values - 0.7) / deviation
+    other = (keep_mask(seed + 1, 2000, 1000, 0.3).double() - 0.7) / deviation
+    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1]), (centred, other)):
+        assert abs((a * b).mean()) < 5 / a.numel() ** 0.5
+    assert keep_mask(seed, 100, 100, 0.0).all()
+
+
+def test_dropout_seed_comes_from_the_generator():
+    x, W, A, B, _, _ = problem((16, 64), 64, 4, FP32, FP32)
+    torch.manual_seed(0)
+    first, second = (ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5), first) and not torch.equal(first, second)
+
+
+def test_autocast():
+    x, W, A, B, b, dy = problem((7, 64), 32, 4, FP32, FP32, bias=True)
+    x, A, B, b = leaf(x), leaf(A), leaf(B), leaf(b)
+    with torch.autocast("cpu", BF16):
+        y = ops.lora_linear(x, W, A, B, 1.7, b)
+    assert y.dtype == BF16
+    y.backward(dy.to(BF16))
+    exact = run(reference, x, W, A, B, b, dy.to(BF16), dtype=FP64)
+    with torch.autocast("cpu", BF16):
+        plain_inputs = [leaf(t) for t in (x, A, B, b)]
+        base = torch.nn.functional.linear(plain_inputs[0], W, plain_inputs[3])
+        low = torch.nn.functional.linear(torch.nn.functional.linear(plain_inputs[0], plain_inputs[1]), plain_inputs[2])
+        plain = base + 1.7 * low
+    plain.backward(dy.to(BF16))
+    assert_parity(y.detach(), plain.detach(), exact["y"])
+    for mine, theirs, name in zip((x, A, B, b), plain_inputs, ("dx", "dA", "dB", "dbias"), strict=True):
+        assert_parity(mine.grad, theirs.grad, exact[name], name)
+
+
+@pytest.mark.parametrize("weight", ("dense", "nf4"))
+def test_opcheck(weight):
+    from fastpeft.ops.lora_linear import _flatten
+
+    x, W, A, B, b, _ = problem((2, 5, 64), 32, 4, FP32, FP32, weight, bias=True)
+    flat = _flatten(W)
+    flat = (*flat[:5], list(flat[5]), flat[6])
+    for p, seed in ((0.0, None), (0.5, torch.tensor(7))):
+        torch.library.opcheck(torch.ops.fastpeft.lora_linear, (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed))
+
+
+@pytest.mark.parametrize("weight", ("dense", "nf4"))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.5))
+def test_compile_fullgraph(weight, dropout_p):
+    x, W, A, B, b, dy = problem((2, 5, 64), 32, 4, FP32, FP32, weight, bias=True)
+
+    def function(x, A, B, b):
+        return ops.lora_linear(x, W, A, B, 1.5, b, dropout_p=dropout_p, seed=9).relu()
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        inputs = [leaf(t) for t in (x, A, B, b)]
+        y = f(*inputs)
+        y.backward(dy)
+        results.append([y.detach()] + [t.grad for t in inputs])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+def test_compile_with_inductor_and_changing_batch():
+    x, W, A, B, _, _ = problem((6, 64), 32, 4, FP32, FP32)
+    compiled = torch.compile(lambda x: ops.lora_linear(x, W, A, B, 1.5) * 2, fullgraph=True, dynamic=True)
+    for M in (6, 9, 31):
+        x = torch.randn(M, 64)
+        assert torch.allclose(compiled(x), ops.lora_linear(x, W, A, B, 1.5) * 2, atol=1e-6)
+
+
+def test_backends_by_name():
+    x, W, A, B, _, _ = problem((6, 64), 32, 4, FP64, FP64)
+    eager = ops.lora_linear(x, W, A, B, 1.5, backend="eager")
+    with use_backend("reference"):
+        plain = ops.lora_linear(x, W, A, B, 1.5)
+        with use_backend("eager"):
+            assert torch.equal(ops.lora_linear(x, W, A, B, 1.5), eager)
+    assert torch.equal(plain, reference(x, W, A, B, 1.5)) and torch.allclose(plain, eager, atol=1e-12)
+    with pytest.raises(ValueError, match="'nonsense'; allowed are"):
+        use_backend("nonsense")
+
+
+def test_bad_input_is_refused_with_its_name():
+    x, W, A, B, b, _ = problem((6, 64), 32, 4, FP32, FP32, bias=True)
+
+    def refused(error, match, *arguments, **options):
+        with pytest.raises(error, match=match):
+            ops.lora_linear(*arguments, **options)
+
+    refused(ValueError, r"last dimension of x must be 64", x[:, :63], W, A, B, 1.0)
+    refused(ValueError, r"\[R, 64\] and \[32, R\]", x, W, A[:3], B, 1.0)
+    refused(ValueError, r"\[R, 64\] and \[32, R\]", x, W, A.t(), B, 1.0)
+    refused(ValueError, r"bias is \(31,\)", x, W, A, B, 1.0, b[:31])
+    refused(ValueError, "dropout_p is 1.0", x, W, A, B, 1.0, dropout_p=1.0)
+    refused(TypeError, "x is torch.bfloat16, but weight is torch.float32", x.to(BF16), W, A, B, 1.0)
+    refused(TypeError, "int64", x, W, A.long(), B, 1.0)
+    refused(ValueError, "A on meta", x, W, A.to("meta"), B, 1.0)

@@ -1,0 +1,29 @@
+"""The one numerical rule of the project, and the tensors that tests feed to an op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_parity(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
+    """`err(actual) <= 2 * err(plain) + floor`, for the largest and for the root-mean-square error.
+
+    actual: what is tested. plain: the formula in plain PyTorch in the same dtype. exact: the formula in float64. The
+    floor is half a unit in the last place of the largest value: a plain result may be exact by luck.
+    """
+    assert exact.dtype == torch.float64
+    assert actual.shape == plain.shape == exact.shape, (what, actual.shape, plain.shape, exact.shape)
+    assert actual.dtype == plain.dtype, (what, actual.dtype, plain.dtype)
+    if exact.numel() == 0:
+        return
+    error, plain_error = (actual.double() - exact).abs(), (plain.double() - exact).abs()
+    floor = 0.5 * torch.finfo(actual.dtype).eps * exact.abs().max()
+    for name, size in (("largest", Tensor.max), ("rms", lambda e: e.square().mean().sqrt())):
+        got, allowed = size(error), 2 * size(plain_error) + floor
+        assert got <= allowed, f"{what}: {name} error {got:.3e}, allowed {allowed:.3e} (largest value {exact.abs().max():.3e})"
+
+
+def leaf(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy that collects a gradient."""
+    return tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_(True)

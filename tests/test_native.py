@@ -1,0 +1,117 @@
+"""The native module, as far as a machine without a GPU can tell: it compiles for every architecture without spilling
+registers to memory, imports without a driver, and fails there with an error, not a crash."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
+ARCHS = SETUP["DEFAULT_ARCHS"].split(";")
+KERNELS = sorted((ROOT / "csrc").glob("*.cu"))
+
+needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed (PATH, CUDA_HOME)")
+
+# Kernels that may spill: (file, a part of the kernel's mangled name, architecture) -> why.
+SPILLS_EXPLAINED: dict[tuple[str, str, str], str] = {}
+
+
+def explained(file: str, kernel: str, arch: str) -> bool:
+    return any((file, arch) == (f, a) and part in kernel for f, part, a in SPILLS_EXPLAINED)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_no_kernel_spills_on_any_architecture(source, tmp_path):
+    command = [SETUP["find_nvcc"](), *SETUP["NVCC_FLAGS"], *SETUP["gencode_flags"](ARCHS), "-Xptxas=-v"]
+    run = subprocess.run([*command, "-c", source, "-o", tmp_path / "kernel.o"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
+        run.stderr,
+        flags=re.DOTALL,
+    )
+    assert {arch for _, arch, _, _ in found} == set(ARCHS), "ptxas did not report on every architecture"
+    spills = [
+        f"{kernel} on sm_{arch}: {stores} bytes stored, {loads} loaded"
+        for kernel, arch, stores, loads in found
+        if (stores, loads) != ("0", "0") and not explained(source.name, kernel, arch)
+    ]
+    assert not spills, "\n".join(spills)
+
+
+@pytest.fixture(scope="module")
+def native_module(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("native")
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}", f"--build-temp={folder / 'objects'}"],
+        cwd=ROOT,
+        env={**os.environ, "FASTPEFT_BUILD_CUDA": "1", "FASTPEFT_CUDA_ARCHS": "80"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return next((folder / "fastpeft").glob("_cuda*.so"))
+
+
+def run_with_module(native_module: Path, code: str) -> str:
+    """stdout of `code` in a process without a GPU, in which `cuda` is the module that was just built."""
+    load = (
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('_cuda', {str(native_module)!r})\n"
+        "cuda = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cuda)\n"
+    )
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}  # a machine with a GPU answers as one without
+    run = subprocess.run([sys.executable, "-c", load + code], env=hidden, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@needs_nvcc
+def test_device_count_and_versions_answer_without_a_gpu(native_module):
+    out = run_with_module(native_module, "print(*cuda.device_count()); print(cuda.versions()['archs'])")
+    (count, code, name), (archs,) = (line.split() for line in out.splitlines())
+    assert count == "0"
+    assert int(code) != 0
+    assert name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice")
+    assert archs == "80"
+
+
+LAUNCH = "cuda.nf4_dequantize(cuda.Nf4Storage.plain(16, 16, {blocksize}), 16, cuda.DType.bf16, {numel}, 0)\n"
+REPORT = "try:\n    {launch}except RuntimeError as error:\n    print(error)\n"
+
+
+@needs_nvcc
+def test_a_launch_without_a_gpu_raises_and_names_the_op(native_module):
+    out = run_with_module(native_module, REPORT.format(launch=LAUNCH.format(blocksize=64, numel=64)))
+    assert re.match(r"nf4_dequantize: cudaError(InsufficientDriver|NoDevice) \(", out)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("blocksize", [0, 16, 96])
+def test_a_blocksize_that_is_none_is_refused_before_the_launch(native_module, blocksize):
+    out = run_with_module(native_module, REPORT.format(launch=LAUNCH.format(blocksize=blocksize, numel=64)))
+    assert out.startswith("nf4_dequantize: cudaErrorInvalidValue")
+
+
+@needs_nvcc
+def test_an_empty_weight_launches_nothing(native_module):
+    assert run_with_module(native_module, LAUNCH.format(blocksize=64, numel=0)) == ""
+
+
+def test_a_missing_toolkit_is_an_error_where_the_module_is_demanded(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"],
+        cwd=ROOT,
+        env={**os.environ, "FASTPEFT_BUILD_CUDA": "1", "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "needs nvcc" in run.stderr

@@ -55,9 +55,8 @@ class NF4Weight:
         Raises ValueError for fp4, for a weight that is not quantized yet, for storage that bitsandbytes has repacked
         for CPU inference, and where the sizes of weight, absmax and declared shape disagree.
         """
-        # After FSDP2's unshard the weight is a plain Parameter: only the module still knows the quantization state.
         weight = getattr(layer, "weight", layer)
-        state = getattr(layer, "quant_state", None) or getattr(weight, "quant_state", None)
+        state = bnb_quant_state(layer)
         if state is None:
             raise ValueError(f"{type(layer).__name__} is not quantized yet: move it to its device first (`.to(device)`)")
         if state.quant_type != "nf4":
@@ -140,9 +139,18 @@ class NF4Weight:
         return NF4Weight(**moved)
 
 
+def bnb_quant_state(layer):
+    """The quantization state of a Linear4bit or Params4bit, None before it is quantized.
+
+    The weight's own comes first: the module's may belong to the model that this one was deep-copied from. After FSDP2's
+    unshard the weight is a plain Parameter, and only the module knows.
+    """
+    return getattr(getattr(layer, "weight", layer), "quant_state", None) or getattr(layer, "quant_state", None)
+
+
 def _bitsandbytes_is_loaded() -> bool:
     # Whoever holds 4-bit weights of bitsandbytes has imported it; importing it for anyone else would cost a second.
-    return "bitsandbytes" in sys.modules
+    return sys.modules.get("bitsandbytes") is not None
 
 
 def _dequantize_eager(weight: NF4Weight, dtype: torch.dtype) -> Tensor:

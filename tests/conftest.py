@@ -1,4 +1,5 @@
 import os
+import zlib
 
 # Before any import of transformers or bitsandbytes: tests must not wait for a hub that they do not need.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,12 @@ import torch
 # pytest-xdist runs a process a core: threads of their own on top only take turns.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request):
+    """Random inputs, the same in every run of a test; FASTPEFT_TEST_SEED draws others."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("FASTPEFT_TEST_SEED", "0")))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,6 @@
 """`fastpeft finetune`: from a model and a file of text to an adapter, its metrics and its loss curve."""
 
+import importlib.util
 import time
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -102,6 +103,13 @@ def command(
     finetune(settings, output, compare_steps=compare_steps, resume=resume, overwrite=overwrite)
 
 
+def check_packages(method: Method) -> None:
+    needed = ["transformers", "peft", "accelerate", "trl", "datasets", "matplotlib"]
+    missing = [p for p in needed + ["bitsandbytes"] * method.four_bit if importlib.util.find_spec(p) is None]
+    if missing:
+        raise BadInput(f"finetune needs {', '.join(missing)}: pip install 'fastpeft[hf,train]'")
+
+
 def quiet() -> None:
     """One line a fact: no bars of other libraries, no notes on what is normal here."""
     import logging
@@ -124,6 +132,7 @@ def quiet() -> None:
 
 def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: bool = False, overwrite: bool = False):
     """Returns the metrics, and writes them with the adapter into `path`. Raises BadInput before anything is written."""
+    check_packages(settings.method)
     data.check_source(settings.data)
     output = Output(path)
     output.check(asdict(settings), resume=resume, overwrite=overwrite)
@@ -147,12 +156,21 @@ def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: 
         raise
 
 
+def own_device(processes):
+    """With its index, which accelerate compares with where a 4-bit model lies."""
+    import torch
+
+    if processes.device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return processes.device
+
+
 class Run:
     def __init__(self, settings: Settings, output: Output, processes, console):
         self.settings = settings
         self.output = output
         self.processes = processes
-        self.device = processes.device
+        self.device = own_device(processes)
         self.console = console
 
     def prepare(self) -> None:
@@ -226,8 +244,7 @@ class Run:
             bar,
         )
         prompt = sample.prompt_of(self.example, self.tokenizer)
-        with self.model.disable_adapter():
-            before = sample.continuation(self.model, self.tokenizer, prompt)
+        before = sample.continuation(self.model, self.tokenizer, prompt)  # a fresh adapter changes nothing
         checkpoint = self.output.last_checkpoint()
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -74,6 +74,8 @@ def build(settings, output, model, tokenizer, train, evaluation, kind: str, devi
         report_to="none",
         **packing(kind),
     )
+    if config.n_gpu > 1:  # one process drives one GPU; several are for torchrun or accelerate launch
+        config._n_gpu = 1
     trainer = SFTTrainer(
         model=model,
         args=config,

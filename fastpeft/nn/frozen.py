@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.ops import lora_linear
-from fastpeft.quant import NF4Weight
+from fastpeft.quant import NF4Weight, bnb_quant_state
 
 # Module -> (weight, quant_state, quant_state.absmax, view). The three are what changes when bitsandbytes or peft moves,
 # merges or repacks a layer; comparing them by identity costs less than building the view again.
@@ -41,12 +41,10 @@ def _nf4_view(linear: nn.Module) -> NF4Weight:
     """The NF4Weight over a Linear4bit's storage."""
     if torch.compiler.is_compiling():
         return NF4Weight.from_bnb(linear)
-    weight = linear.weight
-    # After FSDP2's unshard only the module knows the state.
-    state = linear.quant_state or weight.quant_state
+    weight, state = linear.weight, bnb_quant_state(linear)
     cached = _views.get(linear)
-    if cached is None or cached[0] is not weight or cached[1] is not state or cached[2] is not state.absmax:
-        view = NF4Weight.from_bnb(linear)
+    if cached is None or cached[0] is not weight or state is not cached[1] or cached[2] is not state.absmax:
+        view = NF4Weight.from_bnb(linear)  # raises when there is no state
         cached = _views[linear] = (weight, state, state.absmax, view)
     return cached[3]
 
@@ -95,7 +93,7 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> float:
 
 def _requantized(linear: nn.Module, weight: Tensor) -> nn.Parameter:
     """weight: [N, K] float32 -> a Params4bit with the settings of `linear`'s own."""
-    old, state = linear.weight, linear.weight.quant_state
+    old, state = linear.weight, bnb_quant_state(linear)
     parameter = type(old)(
         weight,
         requires_grad=False,

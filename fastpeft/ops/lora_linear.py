@@ -12,6 +12,7 @@ from fastpeft.reference.dropout import keep_mask
 from fastpeft.reference.lora_linear import lora_linear as _reference
 
 _RULES = {"eager": backends.always, "reference": backends.always}
+_OPAQUE_RULES = {name: rule for name, rule in _RULES.items() if name != "reference"}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -49,11 +50,11 @@ def lora_linear(
     if isinstance(scaling, Tensor):
         B, scaling = B * scaling, 1.0
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
-    name = backends.choose("lora_linear", _RULES, x, backend=backend)
-    if name == "reference":
+    if torch.compiler.is_compiling() and backend != "reference":
+        # The backend is chosen when the op runs: use_backend is invisible to the tracer.
+        return torch.ops.fastpeft.lora_linear(x, *_flatten(weight), A, B, bias, scaling, dropout_p, seed, backend)[0]
+    if backends.choose("lora_linear", _RULES, x, backend=backend) == "reference":
         return _reference(x, weight, A, B, scaling, bias, dropout_p=dropout_p, seed=seed)
-    if torch.compiler.is_compiling():
-        return torch.ops.fastpeft.lora_linear(x, *_flatten(weight), A, B, bias, scaling, dropout_p, seed)[0]
     return LoraLinearFn.apply(x, weight, A, B, bias, scaling, dropout_p, seed)
 
 
@@ -189,17 +190,18 @@ def _unflatten(weight, absmax, absmax_code, absmax_scale, absmax_offset, shape, 
 @torch.library.custom_op(
     "fastpeft::lora_linear",
     mutates_args=(),
-    schema=f"(Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scaling, float dropout_p, Tensor? seed)"
-    " -> (Tensor, Tensor)",
+    schema=f"(Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scaling, float dropout_p, Tensor? seed,"
+    " str? backend) -> (Tensor, Tensor)",
 )
-def _op(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed):
+def _op(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, backend):
+    backends.choose("lora_linear in a compiled graph", _OPAQUE_RULES, x, backend=backend)
     weight = _unflatten(w0, w1, w2, w3, w4, shape, blocksize)
     y, xa = _forward_eager(x.reshape(-1, x.shape[-1]), weight, A, B, bias, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], y.shape[-1]), xa
 
 
 @_op.register_fake
-def _(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed):
+def _(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, backend):
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(rows, A.shape[0])
 
@@ -226,7 +228,7 @@ def _(dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, drop
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *weight, A, B, bias, scaling, dropout_p, seed = inputs
+    x, *weight, A, B, bias, scaling, dropout_p, seed, _ = inputs
     ctx.save_for_backward(x, output[1], *weight[:5], A, B, bias, seed)
     ctx.arguments = (*weight[5:], scaling, dropout_p)
 
@@ -240,7 +242,7 @@ def _autograd(ctx, dy, _dxa):
         _op_backward(dy, x, xa, *weight, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs)
     )
     dx, dweight, dA, dB, dbias = (next(grads) if need else None for need in needs)
-    return dx, dweight, *[None] * 6, dA, dB, dbias, None, None, None
+    return dx, dweight, *[None] * 6, dA, dB, dbias, None, None, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

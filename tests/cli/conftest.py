@@ -23,6 +23,17 @@ def no_network(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """These models are too small to share out, and waiting threads slow each other down on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tokenizer(no_network):
     """Byte-level, so that it knows every text without having been trained."""
@@ -70,7 +81,7 @@ def jsonl(tmp_path_factory):
 
 
 @pytest.fixture
-def fastpeft(capsys):
+def command_line(capsys):
     """Runs the command line in this process; returns (exit code, stdout, stderr)."""
 
     def run(*arguments):
@@ -83,7 +94,7 @@ def fastpeft(capsys):
 
 
 @pytest.fixture
-def finetune(fastpeft, model_dir, jsonl, tmp_path):
+def finetune(command_line, model_dir, jsonl, tmp_path):
     """A few quick steps; keyword arguments become options, and None leaves one out."""
 
     def run(**changes):
@@ -101,6 +112,6 @@ def finetune(fastpeft, model_dir, jsonl, tmp_path):
         for name, value in (options | changes).items():
             flag = "--" + name.replace("_", "-")
             words += [flag] if value is True else [] if value is None else [flag, value]
-        return fastpeft(*words)
+        return command_line(*words)
 
     return run

@@ -152,7 +152,8 @@ def output_below_a_file(tmp):
 
 CASES = [
     no_such_file, no_such_hub_data, data_is_a_folder, unknown_extension, empty_file, blank_file, no_such_column,
-    not_json, only_empty_rows, text_is_a_number, messages_without_role, one_example, unknown_method, no_steps, not_a_number,
+    not_json, only_empty_rows, text_is_a_number, messages_without_role, one_example, unknown_method, no_steps,
+    not_a_number,
     unknown_option, no_data, unknown_optimizer, no_such_folder, no_such_hub_model, folder_without_a_model, encoder,
     encoder_of_no_class, encoder_decoder, classifier, no_such_target, no_target, target_without_weights,
     target_is_the_head, resume_and_overwrite, output_below_a_file,
@@ -195,3 +196,11 @@ def test_one_process_of_several_speaks(finetune, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     code, _, err = finetune(method="magic")
     assert (code, err) == (2, "")
+
+
+def test_missing_packages_are_named(finetune, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("trl", "bitsandbytes") else name)
+    assert "finetune needs trl: pip install" in finetune(method="lora")[2]
+    assert "finetune needs trl, bitsandbytes: pip install" in finetune(method="qlora")[2]

@@ -22,15 +22,15 @@ def test_a_missing_package_is_said_to_be_missing():
     assert module.version("no-such-package-anywhere") == "not installed"
 
 
-def test_doctor_prints_every_fact(fastpeft):
-    code, out, err = fastpeft("doctor")
+def test_doctor_prints_every_fact(command_line):
+    code, out, err = command_line("doctor")
     assert (code, err) == (0, "")
     for word in ("torch", "bitsandbytes", "native module", "device", "backend triton", "backend eager"):
         assert word in out
 
 
-def test_version(fastpeft):
-    assert fastpeft("--version")[1] == f"fastpeft {module.version('fastpeft')}\n"
+def test_version(command_line):
+    assert command_line("--version")[1] == f"fastpeft {module.version('fastpeft')}\n"
 
 
 def test_help_does_not_wait_for_torch():

@@ -226,7 +226,7 @@ def test_opcheck(weight):
     flat = _flatten(W)
     flat = (*flat[:5], list(flat[5]), flat[6])
     for p, seed in ((0.0, None), (0.5, torch.tensor(7))):
-        torch.library.opcheck(torch.ops.fastpeft.lora_linear, (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed))
+        torch.library.opcheck(torch.ops.fastpeft.lora_linear, (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed, None))
 
 
 @pytest.mark.parametrize("weight", ("dense", "nf4"))

@@ -1,0 +1,77 @@
+"""Tiny models with random weights, quantized linears, peft models: what the integration tests run on."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCAB = 97
+
+
+def llama(dtype: torch.dtype = torch.float32, layers: int = 2) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        attention_bias=True,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=VOCAB, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=0
+    )
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def quantize(model: LlamaForCausalLM, compute_dtype: torch.dtype, nested: bool = True) -> LlamaForCausalLM:
+    """Every linear of the decoder becomes a bitsandbytes Linear4bit, as load_in_4bit makes them."""
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, nn.Linear):
+            has_bias = linear.bias is not None
+            new = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, has_bias, compute_dtype, nested, quant_type="nf4"
+            )
+            new.load_state_dict(linear.state_dict())
+            model.model.set_submodule(name, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def with_lora(model: nn.Module, **options) -> nn.Module:
+    """A stock peft model whose adapters are random, so that no gradient is zero by construction."""
+    options = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear"} | options
+    model = get_peft_model(model, LoraConfig(**options))
+    fill_adapters(model)
+    return model.train()
+
+
+def fill_adapters(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+
+
+def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(1, VOCAB, (batch, length))
+
+
+def loss_and_gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, loss and the gradient of every trainable parameter, by name; gradients are cleared again."""
+    output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    results = {"logits": output.logits.detach(), "loss": output.loss.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            results[name] = parameter.grad
+    model.zero_grad(set_to_none=True)
+    return results

@@ -31,7 +31,7 @@ def convert(
         for name in names:
             linear = model.get_submodule(name)
             if linear not in made:
-                made[linear] = make(linear)
+                made[linear] = make(linear).train(linear.training)
         replacements = {name: made[model.get_submodule(name)] for name in names}
     except BaseException:
         for parameter in trainable:
@@ -46,8 +46,9 @@ def convert(
 
 def _matching(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = {id(adapter.base) for adapter in modules.values() if isinstance(adapter, LoRALinear)}
-    candidates = {name: module for name, module in modules.items() if name and id(module) not in inside}
+    adapters = [adapter for adapter in modules.values() if isinstance(adapter, LoRALinear)]
+    inside = {child for adapter in adapters for child in adapter.modules()}
+    candidates = {name: module for name, module in modules.items() if name and module not in inside}
     if target_modules == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
         names = [name for name, module in candidates.items() if is_supported(module) and module is not output]

@@ -114,7 +114,7 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
     case("odd", "is not the name of a LoRA matrix", new_tensors=tensors | {"something.else": torch.zeros(1)})
     case("shape", "q_proj has A", new_tensors=tensors | {key: torch.zeros(4, 7)})
     other = {name.replace("layers.0", "layers.9"): value for name, value in tensors.items()}
-    case("elsewhere", "layers.9", new_tensors=other)
+    case("elsewhere", "layers.9|adapt different modules", new_tensors=other)
     case("integer", "not floating point|needs", new_tensors=tensors | {key: torch.zeros(4, 128, dtype=torch.int32)})
 
     (tmp_path / "pickle").mkdir()

@@ -138,10 +138,12 @@ def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: 
     output.check(asdict(settings), resume=resume, overwrite=overwrite)
     quiet()
 
+    import torch
     from accelerate import PartialState
     from rich.console import Console
 
-    processes = PartialState()
+    # Without cpu=True, processes that torchrun starts on a machine without an accelerator do not find each other.
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     console = Console(quiet=not processes.is_main_process, highlight=False)
     run = Run(settings, output, processes, console)
     run.prepare()
@@ -224,7 +226,7 @@ class Run:
     def device_name(self) -> str:
         import torch
 
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def train(self, compare_steps: int) -> dict:
         from fastpeft.cli import sample, training
@@ -289,7 +291,8 @@ class Run:
         if self.processes.is_main_process:
             (self.output.final / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
             (self.output.final / "sample.txt").write_text(text, encoding="utf-8")
-            title = f"{self.settings.model}, {self.settings.method.value}, {self.settings.data}"
+            model, source = (Path(name).name for name in (self.settings.model, self.settings.data))
+            title = f"{model}, {self.settings.method.value}, {source}"
             loss_plot(trainer.state.log_history, title, self.output.final / "loss.png")
             self.output.finish(metrics)
         self.processes.wait_for_everyone()

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
+from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen
 
 
@@ -29,6 +30,7 @@ class Report:
     """What `accelerate` did to each adapter module; prints as a table, iterates over its rows."""
 
     rows: list[Row] = field(default_factory=list)
+    loss: bool = False  # the causal language model's loss runs without a float32 copy of the logits
 
     @property
     def fused(self) -> int:
@@ -45,7 +47,8 @@ class Report:
         width = max([len(row.name) for row in self.rows] + [6])
         lines = [f"{row.name:<{width}}  {row.status:<6}  {row.reason}".rstrip() for row in self.rows]
         header = f"{'module':<{width}}  status  reason"
-        return "\n".join([header, *lines, f"{self.fused} of {len(self)} adapter modules are fused"])
+        summary = f"{self.fused} of {len(self)} adapter modules are fused" + (", and so is the loss" if self.loss else "")
+        return "\n".join([header, *lines, summary])
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
@@ -53,8 +56,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
     model: any module that contains peft layers. Parameters, state-dict keys, trainable flags and peft's own methods
     stay as they are; layers that are not understood, and calls that are not plain (several active adapters, merged,
-    disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. Also keeps 4-bit
-    layers of bitsandbytes from repacking themselves on a CPU, which would spoil later gradients.
+    disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. The stock loss of
+    a causal language model gives way to one of the same value that makes no float32 copy of the logits. 4-bit layers
+    of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients.
 
     Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
     4-bit weight that is repacked already and, with strict=True, when no module can be fused; then nothing is changed.
@@ -64,21 +68,21 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     for name, layer in layers:
         reason = _why_not(layer)
         rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
-    report = Report(rows)
-    if strict and not report.fused:
-        raise ValueError(f"no adapter module of this model can be fused\n{report}")
+    if strict and not Report(rows).fused:
+        raise ValueError(f"no adapter module of this model can be fused\n{Report(rows)}")
     close_cpu_trap(model)
     for (_, layer), row in zip(layers, rows, strict=True):
         if row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
-    return report
+    return Report(rows, loss=fuse_loss(model))
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes `accelerate`: every module has peft's class again."""
+    """Undoes `accelerate`: every module has peft's class again, the model its loss."""
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = _STOCK[type(module)]
+    restore_loss(model)
     reopen_cpu_trap(model)
 
 

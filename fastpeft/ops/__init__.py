@@ -1,6 +1,7 @@
 """The ops: functional, checked, differentiable, each with its formula in `fastpeft.reference`."""
 
+from fastpeft.ops.cross_entropy import cross_entropy
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_quantize
 
-__all__ = ["lora_linear", "nf4_dequantize", "nf4_quantize"]
+__all__ = ["cross_entropy", "lora_linear", "nf4_dequantize", "nf4_quantize"]

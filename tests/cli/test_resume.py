@@ -21,10 +21,6 @@ def interrupt(monkeypatch):
     yield arm
 
 
-def disarm(monkeypatch):
-    monkeypatch.undo()
-
-
 def final_loss(path):
     return json.loads((path / "metrics.json").read_text())["eval_loss_after"]
 
@@ -35,7 +31,7 @@ def test_resumed_run_ends_as_the_uninterrupted_one(finetune, interrupt, monkeypa
 
     interrupt(5)  # checkpoints are written every second step
     assert finetune(output=parts, steps=6)[0] == 130
-    disarm(monkeypatch)
+    monkeypatch.undo()
     assert [p.name for p in parts.iterdir()] == ["checkpoints"]
 
     code, _, err = finetune(output=parts, steps=6)
@@ -51,6 +47,23 @@ def test_resumed_run_ends_as_the_uninterrupted_one(finetune, interrupt, monkeypa
     assert final_loss(parts) == pytest.approx(final_loss(whole), abs=2e-3)
     assert json.loads((parts / "metrics.json").read_text())["eval_loss_before"] > 5
     assert not (parts / "checkpoints").exists()
+
+
+def test_interrupted_between_training_and_results(finetune, monkeypatch, tmp_path):
+    from fastpeft.cli.output import Output
+
+    def stop(self, metrics):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "finish", stop)
+    assert finetune()[0] == 130
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    code, _, err = finetune(resume=True)
+    assert (code, err) == (0, "")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.2
 
 
 def test_interrupted_before_the_first_checkpoint_leaves_nothing(finetune, interrupt, tmp_path):
@@ -71,7 +84,7 @@ def test_a_finished_run_is_replaced_only_when_told_and_only_when_the_new_one_is_
         assert "--overwrite" in err
     interrupt(1)
     assert finetune(steps=10, overwrite=True)[0] == 130
-    disarm(monkeypatch)
+    monkeypatch.undo()
     assert (run / "metrics.json").read_text() == before
     assert not (run / "checkpoints").exists()
     assert finetune(steps=2, overwrite=True)[0] == 0

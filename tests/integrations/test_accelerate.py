@@ -278,7 +278,7 @@ def test_variants_run_peft():
     stock = loss_and_gradients(model, ids)
     report = fastpeft.accelerate(model)
     assert report.fused == 0 and all("Dora" in row.reason for row in report)
-    assert_same(loss_and_gradients(model, ids), stock, 1e-7)
+    assert_same(loss_and_gradients(model, ids), stock, 1e-6)
 
 
 def test_trainable_bias_and_hotswap_scaling():

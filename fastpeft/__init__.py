@@ -1,7 +1,7 @@
 """fastpeft: parameter-efficient fine-tuning at the speed of the frozen model.
 
-    model = get_peft_model(model, LoraConfig(...))   # peft, as before
-    fastpeft.accelerate(model)                       # the one line to add
+model = get_peft_model(model, LoraConfig(...))   # peft, as before
+fastpeft.accelerate(model)                       # the one line to add
 """
 
 from importlib import import_module

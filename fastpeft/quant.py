@@ -58,12 +58,14 @@ class NF4Weight:
         weight = getattr(layer, "weight", layer)
         state = bnb_quant_state(layer)
         if state is None:
-            raise ValueError(f"{type(layer).__name__} is not quantized yet: move it to its device first (`.to(device)`)")
+            raise ValueError(
+                f"{type(layer).__name__} is not quantized yet: move it to its device first (`.to(device)`)"
+            )
         if state.quant_type != "nf4":
             raise ValueError(f"quant_type is {state.quant_type!r}; only 'nf4' is supported: load the model with "
                              "BitsAndBytesConfig(bnb_4bit_quant_type='nf4')")  # fmt: skip
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("bitsandbytes has repacked this weight for CPU inference (an eval() forward without "
+            raise ValueError("bitsandbytes has repacked this 4-bit weight for CPU inference (an eval() forward without "
                              "gradients does it) and training on it gives wrong gradients; reload the model and call "
                              "fastpeft.accelerate before the first evaluation")  # fmt: skip
         return cls._from_state(weight, state, getattr(layer, "out_features", None), getattr(layer, "in_features", None))

@@ -21,7 +21,9 @@ def assert_parity(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "") 
     floor = torch.finfo(actual.dtype).eps * exact.abs().max()
     for name, size in (("largest", Tensor.max), ("rms", lambda e: e.square().mean().sqrt())):
         got, allowed = size(error), 2 * size(plain_error) + floor
-        assert got <= allowed, f"{what}: {name} error {got:.3e}, allowed {allowed:.3e} (largest value {exact.abs().max():.3e})"
+        assert got <= allowed, (
+            f"{what}: {name} error {got:.3e}, allowed {allowed:.3e} (largest value {exact.abs().max():.3e})"
+        )
 
 
 def leaf(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

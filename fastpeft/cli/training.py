@@ -65,7 +65,7 @@ def build(settings, output, model, tokenizer, train, evaluation, kind: str, devi
         logging_first_step=True,
         eval_strategy="no" if evaluation is None else "steps",
         eval_steps=math.ceil(steps / EVALUATIONS_A_RUN),
-        eval_on_start=evaluation is not None and output.last_checkpoint() is None,
+        eval_on_start=evaluation is not None and output.resume_point(steps) is None,
         save_steps=min(MOST_STEPS_BETWEEN_CHECKPOINTS, math.ceil(steps / CHECKPOINTS_A_RUN)),
         save_total_limit=2,  # one more than needed, for an interruption while the newest is written
         dataloader_pin_memory=device.type == "cuda",

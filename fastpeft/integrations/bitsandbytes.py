@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from fastpeft.nn.frozen import is_linear4bit
-from fastpeft.quant import bnb_quant_state
+from fastpeft.quant import NF4Weight, bnb_quant_state
 
 
 def close_cpu_trap(model: nn.Module) -> None:
@@ -20,9 +20,10 @@ def close_cpu_trap(model: nn.Module) -> None:
     linears = [(name, module) for name, module in model.named_modules() if is_linear4bit(module)]
     for name, linear in linears:
         if getattr(bnb_quant_state(linear), "packing_format_for_cpu", False):
-            raise ValueError(f"{name}: bitsandbytes has repacked this 4-bit weight for CPU inference (an eval() forward "
-                             "without gradients does it) and training on it gives wrong gradients; reload the model "
-                             "and call fastpeft.accelerate before the first evaluation")  # fmt: skip
+            try:
+                NF4Weight.from_bnb(linear)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     for _, linear in linears:
         linear.support_avx512bf16_for_cpu = False
 

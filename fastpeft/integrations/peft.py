@@ -47,7 +47,9 @@ class Report:
         width = max([len(row.name) for row in self.rows] + [6])
         lines = [f"{row.name:<{width}}  {row.status:<6}  {row.reason}".rstrip() for row in self.rows]
         header = f"{'module':<{width}}  status  reason"
-        summary = f"{self.fused} of {len(self)} adapter modules are fused" + (", and so is the loss" if self.loss else "")
+        summary = f"{self.fused} of {len(self)} adapter modules are fused" + (
+            ", and so is the loss" if self.loss else ""
+        )
         return "\n".join([header, *lines, summary])
 
 
@@ -125,43 +127,45 @@ class _Fused:
     """The fused forward; peft's class follows it in the order of inheritance and serves every other call."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        name = None if args or kwargs else self._fusable_adapter(x)
-        if name is None:
+        parts = None if args or kwargs else self._parts_to_fuse(x)
+        if parts is None:
             return super().forward(x, *args, **kwargs)
-        base, dropout = self.base_layer, self.lora_dropout[name]
-        A, B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        return frozen.lora_forward(base, x, A, B, scaling, dropout_p)
+        base, lora_A, lora_B, dropout, scaling = parts
+        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return frozen.lora_forward(base, x, lora_A.weight, lora_B.weight, scaling, dropout_p)
 
-    def _fusable_adapter(self, x: Tensor) -> str | None:
-        """The one adapter that this call may fuse; None where only peft's forward will do."""
+    def _parts_to_fuse(self, x: Tensor) -> tuple | None:
+        """(base, lora_A, lora_B, dropout, scaling) of the one adapter that this call uses; None where only peft's
+        forward will do. It runs at every call, so it reads the dicts of the modules directly."""
         if self._disable_adapters or self.merged_adapters:
             return None
+        children = self._modules
+        adapters = children["lora_A"]._modules
         active = self._active_adapter
         if not isinstance(active, str):
-            active = [name for name in active if name in self.lora_A]
+            active = [name for name in active if name in adapters]
             if len(active) != 1:
                 return None
             active = active[0]
-        if active not in self.lora_A or active in self.lora_variant or self.lora_bias.get(active):
+        if active not in adapters or active in self.lora_variant or self.lora_bias.get(active):
             return None
-        base, dropout = self.base_layer, self.lora_dropout[active]
-        lora_A, lora_B = self.lora_A[active], self.lora_B[active]
+        base, lora_A = children["base_layer"], adapters[active]
+        lora_B, dropout = children["lora_B"]._modules[active], children["lora_dropout"]._modules[active]
         # A wrapped child (FSDP gives it a class of its own) must be called, not read.
-        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
             return None
-        if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)) or type(dropout) not in _DROPOUTS:
+        if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)):
             return None
         if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
             return None
-        if not frozen.is_supported(base):
-            return None
-        if not frozen.is_linear4bit(base):
+        if type(base) is nn.Linear or frozen.is_conv1d(base):
             if not _is_plain(base.weight):
                 return None
             if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 return None
-        return active
+        elif not frozen.is_linear4bit(base):
+            return None
+        return base, lora_A, lora_B, dropout, self.scaling[active]
 
 
 _DROPOUTS = (nn.Dropout, nn.Identity)

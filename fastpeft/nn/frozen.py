@@ -32,9 +32,9 @@ def is_supported(module: nn.Module) -> bool:
 
 def weight_of(base: nn.Module) -> Tensor | NF4Weight:
     """The weight as [N, K], without a copy. Raises what `NF4Weight.from_bnb` raises."""
-    if is_linear4bit(base):
-        return _nf4_view(base)
-    return base.weight.t() if is_conv1d(base) else base.weight
+    if type(base) is nn.Linear:
+        return base.weight
+    return _nf4_view(base) if is_linear4bit(base) else base.weight.t()
 
 
 def _nf4_view(linear: nn.Module) -> NF4Weight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from fastpeft import backend as backends
 from fastpeft.quant import NF4Weight
@@ -87,19 +88,17 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize(dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+    return weight.dequantize(dtype) if type(weight) is NF4Weight else weight.to(dtype)
 
 
 def _forward_eager(x, weight, A, B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     """x: [M, K]. Returns y [M, N] and xa = dropout(x) A^T [M, R], without dropout's 1 / (1 - p)."""
     dtype = x.dtype
-    W = _dense(weight, dtype)
-    y = torch.mm(x, W.t()) if bias is None else torch.addmm(bias.to(dtype), x, W.t())
-    del W
+    y = linear(x, _dense(weight, dtype), None if bias is None else bias.to(dtype))
     if dropout_p > 0:
         x = x * keep_mask(seed, *x.shape, dropout_p)
         scaling = scaling / (1 - dropout_p)
-    xa = torch.mm(x, A.to(dtype).t())
+    xa = linear(x, A.to(dtype))
     y.addmm_(xa, B.to(dtype).t(), alpha=scaling)
     return y, xa
 
@@ -238,9 +237,7 @@ def _autograd(ctx, dy, _dxa):
     shape, blocksize, scaling, dropout_p = ctx.arguments
     needed = ctx.needs_input_grad
     needs = [needed[0], needed[1], *needed[8:11]]
-    grads = iter(
-        _op_backward(dy, x, xa, *weight, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs)
-    )
+    grads = iter(_op_backward(dy, x, xa, *weight, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs))
     dx, dweight, dA, dB, dbias = (next(grads) if need else None for need in needs)
     return dx, dweight, *[None] * 6, dA, dB, dbias, None, None, None, None
 

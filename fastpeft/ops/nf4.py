@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpeft import backend as backends
 from fastpeft.quant import NF4Weight
 
 

@@ -48,7 +48,7 @@ def nf4_values(device: torch.device) -> Tensor:
 
 @cache
 def absmax_code(device: torch.device) -> Tensor:
-    """The signed dynamic 8-bit code: seven decades, each with twice the linear steps of the one below; [256] float32."""
+    """The signed dynamic 8-bit code: seven decades, each with twice the linear steps of the one below; [256] fp32."""
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -68,7 +68,7 @@ def _nearest_absmax_code(normalized: Tensor) -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax: [blocks] float32. Returns (uint8 codes [blocks], float32 scales [ceil(blocks / 256)], 0-d float32 mean)."""
+    """absmax: [blocks] float32. Returns (uint8 codes [blocks], fp32 scales [ceil(blocks / 256)], 0-d fp32 mean)."""
     offset = absmax.mean()
     padding = -absmax.numel() % ABSMAX_BLOCKSIZE
     groups = torch.nn.functional.pad(absmax - offset, (0, padding)).view(-1, ABSMAX_BLOCKSIZE)

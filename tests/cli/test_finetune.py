@@ -108,6 +108,16 @@ def test_stock_peft_learns_the_same(finetune, tmp_path):
     assert stock["eval_loss_after"] == pytest.approx(fast["eval_loss_after"], abs=0.02)
 
 
+def test_what_is_not_accelerated_is_said(finetune, monkeypatch):
+    from fastpeft.integrations.peft import Report, Row
+
+    report = Report([Row("a", "fused"), Row("b", "peft", "odd [shape]"), Row("c", "peft", "odd [shape]")])
+    monkeypatch.setattr(fastpeft, "accelerate", lambda model: report)
+    out = finetune(steps=1)[1]
+    assert "1 adapter modules accelerated" in out
+    assert "2 not accelerated: odd [shape]" in out
+
+
 def test_options_reach_the_run(finetune, trained, tmp_path):
     code, _, err = finetune(
         target_modules="q_proj, v_proj",

@@ -7,13 +7,13 @@ import sys
 def test_two_processes_train_as_one_run(model_dir, jsonl, tmp_path):
     """As `torchrun --nproc_per_node 2`, on the CPU: one of them speaks and writes."""
     run = tmp_path / "run"
-    command = f"-m torch.distributed.run --nproc_per_node 2 --master_port 0 -m fastpeft finetune --model {model_dir} "
+    command = f"-m torch.distributed.run --standalone --nproc_per_node 2 -m fastpeft finetune --model {model_dir} "
     options = f"--data {jsonl} --output {run} --method qlora --steps 2 --seq-len 32 --rank 4 --lr 0.01"
     done = subprocess.run(
         [sys.executable, *(command + options).split()],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -110,7 +110,7 @@ def test_gradient_checkpointing(kind, reentrant):
 
 def test_dropout_has_the_mean_of_peft():
     """The masks differ from torch's; the expectation and the variance of the output do not."""
-    model, ids = build("llama", lora_dropout=0.4, target_modules=["q_proj"]), tokens(1, 6)
+    model = build("llama", lora_dropout=0.4, target_modules=["q_proj"])
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(1, 6, 128)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_hooks_on_the_layers_inside_are_not_bypassed():
 
 
 def test_four_bit_training_after_evaluation_has_the_same_gradients():
-    """bitsandbytes repacks a 4-bit weight at a no-grad eval() forward on a CPU with AVX512-BF16; accelerate forbids it."""
+    """bitsandbytes repacks a 4-bit weight at a no-grad eval() forward on a CPU with AVX512-BF16."""
     model, ids = build("llama4bit", BF16), tokens()
     fastpeft.accelerate(model)
     before = loss_and_gradients(model, ids)

@@ -1,4 +1,4 @@
-"""lora_linear: outputs and every gradient against float64, and what autograd, compile and checkpointing ask of an op."""
+"""lora_linear: outputs and gradients against float64, and what autograd, compile and checkpointing ask of an op."""
 
 import pytest
 import torch
@@ -17,10 +17,7 @@ def problem(shape, N, R, dtype, master, weight="dense", bias=False, nested=True,
     K = shape[-1]
     x, W, dy = torch.randn(shape), torch.randn(N, K) / K**0.5, torch.randn(*shape[:-1], N)
     A, B = torch.randn(R, K) / K**0.5, torch.randn(N, R) / R**0.5
-    if weight == "nf4":
-        W = ops.nf4_quantize(W.to(dtype), blocksize, nested)
-    else:
-        W = W.to(dtype)
+    W = ops.nf4_quantize(W.to(dtype), blocksize, nested) if weight == "nf4" else W.to(dtype)
     return x.to(dtype), W, A.to(master), B.to(master), torch.randn(N).to(dtype) if bias else None, dy.to(dtype)
 
 
@@ -37,10 +34,7 @@ def run(function, x, weight, A, B, bias, dy, dtype=None, **options):
 
 
 def check(arguments, **options):
-    if "seed" in options:
-        options_plain = options | {"seed": torch.tensor(options["seed"])}
-    else:
-        options_plain = options
+    options_plain = options | {"seed": torch.tensor(options["seed"])} if "seed" in options else options
     actual = run(ops.lora_linear, *arguments, **options)
     plain = run(reference, *arguments, **options_plain)
     exact = run(reference, *arguments, dtype=FP64, **options_plain)
@@ -125,7 +119,9 @@ def test_saves_x_xa_and_parameters_only():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5)
     sizes = sorted((tuple(t.shape), t.dtype) for t in saved)
-    assert sizes == sorted([((256, 512), BF16), ((256, 8), BF16), ((8, 512), FP32), ((384, 8), FP32), ((), torch.int64)])
+    assert sizes == sorted(
+        [((256, 512), BF16), ((256, 8), BF16), ((8, 512), FP32), ((384, 8), FP32), ((), torch.int64)]
+    )
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
 
 
@@ -226,7 +222,9 @@ def test_opcheck(weight):
     flat = _flatten(W)
     flat = (*flat[:5], list(flat[5]), flat[6])
     for p, seed in ((0.0, None), (0.5, torch.tensor(7))):
-        torch.library.opcheck(torch.ops.fastpeft.lora_linear, (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed, None))
+        torch.library.opcheck(
+            torch.ops.fastpeft.lora_linear, (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed, None)
+        )
 
 
 @pytest.mark.parametrize("weight", ("dense", "nf4"))

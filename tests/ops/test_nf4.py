@@ -93,7 +93,12 @@ def test_from_bnb_is_a_view_for_every_storage_dtype():
     for storage in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
         for nested in (False, True):
             linear = bnb.nn.Linear4bit(
-                128, 64, quant_type="nf4", quant_storage=storage, compress_statistics=nested, compute_dtype=torch.float32
+                128,
+                64,
+                quant_type="nf4",
+                quant_storage=storage,
+                compress_statistics=nested,
+                compute_dtype=torch.float32,
             ).to("cpu")
             expected = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
             for source in (linear, linear.weight):

@@ -12,6 +12,7 @@ from fastpeft import backend as backends
 from fastpeft.reference.cross_entropy import cross_entropy as _reference
 
 _RULES = {"eager": backends.always, "reference": backends.always}
+_OPAQUE_RULES = {"eager": backends.always}
 
 # Bytes of the float32 buffer that serves one block of rows after the other. On a CPU it should stay in the second-level
 # caches; on a GPU it should be large against a launch (modelled).
@@ -26,13 +27,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, b
     float32, in blocks of rows. Saved for backward: logits, labels and a float per row; PyTorch's own loss over
     `logits.float()` keeps two float32 copies more. Differentiable once with respect to logits.
 
-    Raises ValueError when the shapes disagree. Labels out of range are an error of indexing, as in PyTorch.
+    Raises ValueError when the shapes disagree and TypeError for other dtypes. Labels out of range are an error of
+    indexing, as in PyTorch.
     """
+    if not logits.is_floating_point() or labels.dtype != torch.int64:
+        raise TypeError(f"logits are {logits.dtype} and labels {labels.dtype}; they must be floating point and int64")
     if logits.dim() < 1 or labels.shape != logits.shape[:-1]:
         raise ValueError(f"logits are {tuple(logits.shape)}, so labels must be {tuple(logits.shape[:-1])}; "
                          f"got {tuple(labels.shape)}")  # fmt: skip
     if torch.compiler.is_compiling() and backend != "reference":
-        return torch.ops.fastpeft.cross_entropy(logits, labels, ignore_index)[0]
+        return torch.ops.fastpeft.cross_entropy(logits, labels, ignore_index, backend)[0]
     if backends.choose("cross_entropy", _RULES, logits, backend=backend) == "reference":
         return _reference(logits, labels, ignore_index=ignore_index)
     return CrossEntropyFn.apply(logits, labels, ignore_index)
@@ -50,8 +54,8 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The loss and the logsumexp of each row, both of the shape of `labels`; logsumexp is inf where ignored."""
-    shape, logits, labels = labels.shape, logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    """The loss and the logsumexp of each row, both [M]; logsumexp is inf where ignored."""
+    logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     lse = logits.new_empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     for block, z in _blocks(logits):
         largest = z.amax(1, keepdim=True)
@@ -59,7 +63,7 @@ def _forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     ignored = labels == ignore_index
     target = logits.gather(1, labels.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
     losses = (lse - target).masked_fill_(ignored, 0)
-    return losses.view(shape), lse.masked_fill_(ignored, float("inf")).view(shape)
+    return losses, lse.masked_fill_(ignored, float("inf"))
 
 
 def _backward(grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
@@ -82,7 +86,8 @@ class CrossEntropyFn(torch.autograd.Function):
     def forward(ctx, logits, labels, ignore_index):
         losses, lse = _forward(logits, labels, ignore_index)
         ctx.save_for_backward(logits, labels, lse)
-        return losses
+        # Not a view: autograd forbids in-place operations on a view that a Function returns.
+        return torch.ops.aten._unsafe_view(losses, labels.shape)
 
     @staticmethod
     @once_differentiable
@@ -91,14 +96,16 @@ class CrossEntropyFn(torch.autograd.Function):
 
 
 @torch.library.custom_op("fastpeft::cross_entropy", mutates_args=())
-def _op(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    return _forward(logits, labels, ignore_index)
+def _op(logits: Tensor, labels: Tensor, ignore_index: int, backend: str | None) -> tuple[Tensor, Tensor]:
+    backends.choose("cross_entropy in a compiled graph", _OPAQUE_RULES, logits, backend=backend)
+    losses, lse = _forward(logits, labels, ignore_index)
+    return losses.view(labels.shape), lse
 
 
 @_op.register_fake
-def _(logits, labels, ignore_index):
-    like = torch.empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    return like, torch.empty_like(like)
+def _(logits, labels, ignore_index, backend):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return labels.new_empty(labels.shape, dtype=dtype), labels.new_empty(labels.numel(), dtype=dtype)
 
 
 @torch.library.custom_op("fastpeft::cross_entropy_backward", mutates_args=())
@@ -116,7 +123,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad, _grad_lse):
-    return torch.ops.fastpeft.cross_entropy_backward(grad, *ctx.saved_tensors), None, None
+    return torch.ops.fastpeft.cross_entropy_backward(grad, *ctx.saved_tensors), None, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -44,10 +46,10 @@ def lora_linear(
     Raises ValueError (shapes, ranges, devices, an unable backend) or TypeError (dtypes) before anything is computed.
     Source: Hu et al., "LoRA", 2021 (https://arxiv.org/abs/2106.09685).
     """
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    _check(x, weight, A, B, bias, dropout_p, autocast)
+    autocast = autocast_dtype(x)
+    if autocast is not None and x.dtype != torch.float64:
+        x = x.to(autocast)
+    _check(x, weight, A, B, scaling, bias, dropout_p, seed, autocast is not None)
     if isinstance(scaling, Tensor):
         B, scaling = B * scaling, 1.0
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
@@ -59,24 +61,50 @@ def lora_linear(
     return LoraLinearFn.apply(x, weight, A, B, bias, scaling, dropout_p, seed)
 
 
-def _check(x, weight, A, B, bias, dropout_p, autocast) -> None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on x's device; None where it is off, or unknown as on `meta`."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _check(x, weight, A, B, scaling, bias, dropout_p, seed, autocast) -> None:
+    if not isinstance(weight, Tensor | NF4Weight) or len(weight.shape) != 2:
+        raise TypeError(f"weight must be a tensor [N, K] or an NF4Weight; got {_describe(weight)}")
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
         raise ValueError(f"x is {tuple(x.shape)}, but weight is [{N}, {K}]: the last dimension of x must be {K}")
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
         raise ValueError(f"A is {tuple(A.shape)} and B is {tuple(B.shape)}; for a weight of [{N}, {K}] "
                          f"they must be [R, {K}] and [{N}, R]")  # fmt: skip
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias is {tuple(bias.shape)}; it must be ({N},)")
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling is {_describe(scaling)}; it must be a number or a tensor with one element")
+    elif not isinstance(scaling, int | float):
+        raise TypeError(f"scaling is {_describe(scaling)}; it must be a number or a tensor with one element")
+    if bias is not None and (bias.shape != (N,) or not bias.is_floating_point() or bias.device != x.device):
+        raise ValueError(f"bias is {_describe(bias)}; it must be ({N},), floating point, on {x.device}")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
+            raise ValueError(f"seed is {_describe(seed)}; it must be a 0-d int64 tensor on {x.device}")
+    elif seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed is {seed!r}; it must be a 64-bit integer or a 0-d int64 tensor")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
     if x.dtype not in _FLOATS or not A.is_floating_point() or not B.is_floating_point():
         raise TypeError(f"x is {x.dtype}, A is {A.dtype}, B is {B.dtype}; all must be floating point")
-    if not autocast and isinstance(weight, Tensor) and weight.dtype != x.dtype:
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype and not (autocast and weight.is_floating_point()):
         raise TypeError(f"x is {x.dtype}, but weight is {weight.dtype}: cast one of them, or use torch.autocast")
     device = x.device
     if weight.device != device or A.device != device or B.device != device:
         raise ValueError(f"x is on {device}, weight on {weight.device}, A on {A.device}, B on {B.device}")
+
+
+def _describe(value) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return repr(value)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -149,7 +177,8 @@ class LoraLinearFn(torch.autograd.Function):
             kept_x = x if need_A or need_weight else None
             ctx.save_for_backward(kept_x, xa if need_B else None, dense, A, B, bias, seed)
             ctx.arguments = (shape, scaling, dropout_p)
-        return y.view(*shape[:-1], y.shape[-1])
+        # Not a view: autograd forbids in-place operations on a view that a Function returns.
+        return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -159,7 +188,10 @@ class LoraLinearFn(torch.autograd.Function):
         weight = ctx.nf4 if weight is None else weight
         dy = dy.reshape(-1, dy.shape[-1])
         needs = ctx.needs_input_grad[:5]
-        grads = _backward_eager(dy, x, xa, weight, A, B, bias, scaling, dropout_p, seed, needs)
+        # All dtypes are settled: an autocast that is on in backward, but was off in forward, must not mix in.
+        guard = torch.autocast(dy.device.type, enabled=False) if autocast_dtype(dy) is not None else nullcontext()
+        with guard:
+            grads = _backward_eager(dy, x, xa, weight, A, B, bias, scaling, dropout_p, seed, needs)
         if grads[0] is not None:
             grads[0] = grads[0].view(shape)
         return *grads, None, None, None

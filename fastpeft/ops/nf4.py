@@ -26,7 +26,7 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None, *, backe
     if torch.compiler.is_compiling():
         w, dtype = weight, dtype or weight.dtype
         nested = (w.absmax_code, w.absmax_scale, w.absmax_offset)
-        return torch.ops.fastpeft.nf4_dequantize(w.packed, w.absmax, *nested, w.shape, w.blocksize, dtype)
+        return torch.ops.fastpeft.nf4_dequantize(w.packed, w.absmax, *nested, w.shape, w.blocksize, dtype, backend)
     return weight.dequantize(dtype, backend=backend)
 
 
@@ -34,13 +34,13 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None, *, backe
     "fastpeft::nf4_dequantize",
     mutates_args=(),
     schema="(Tensor packed, Tensor absmax, Tensor? absmax_code, Tensor? absmax_scale, Tensor? absmax_offset,"
-    " int[] shape, int blocksize, ScalarType dtype) -> Tensor",
+    " int[] shape, int blocksize, ScalarType dtype, str? backend) -> Tensor",
 )
-def _op(packed, absmax, absmax_code, absmax_scale, absmax_offset, shape, blocksize, dtype):
+def _op(packed, absmax, absmax_code, absmax_scale, absmax_offset, shape, blocksize, dtype, backend):
     nested = (absmax_code, absmax_scale, absmax_offset)
-    return NF4Weight(packed, absmax, tuple(shape), blocksize, dtype, *nested).dequantize()
+    return NF4Weight(packed, absmax, tuple(shape), blocksize, dtype, *nested).dequantize(backend=backend)
 
 
 @_op.register_fake
-def _(packed, absmax, absmax_code, absmax_scale, absmax_offset, shape, blocksize, dtype):
+def _(packed, absmax, absmax_code, absmax_scale, absmax_offset, shape, blocksize, dtype, backend):
     return packed.new_empty(shape, dtype=dtype)

@@ -41,20 +41,23 @@ ABSMAX_BLOCKSIZE = 256  # absmax values that share one second-level scale
 _CODE_TABLE_STEPS = 65535
 
 
-@cache
 def nf4_values(device: torch.device) -> Tensor:
     return torch.tensor(NF4_VALUES, dtype=torch.float32, device=device)
 
 
 @cache
-def absmax_code(device: torch.device) -> Tensor:
-    """The signed dynamic 8-bit code: seven decades, each with twice the linear steps of the one below; [256] fp32."""
+def _absmax_code() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         middles = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += middles.tolist() + (-middles).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return tuple(sorted(values))
+
+
+def absmax_code(device: torch.device) -> Tensor:
+    """The signed dynamic 8-bit code: seven decades, each with twice the linear steps of the one below; [256] fp32."""
+    return torch.tensor(_absmax_code(), dtype=torch.float32, device=device)
 
 
 def _nearest_absmax_code(normalized: Tensor) -> Tensor:

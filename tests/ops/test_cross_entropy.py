@@ -59,7 +59,7 @@ def test_gradcheck():
 
 def test_opcheck_and_compile():
     logits, labels = leaf(torch.randn(5, 9)), torch.randint(0, 9, (5,))
-    torch.library.opcheck(torch.ops.fastpeft.cross_entropy, (logits, labels, -100))
+    torch.library.opcheck(torch.ops.fastpeft.cross_entropy, (logits, labels, -100, None))
     compiled = torch.compile(lambda z: ops.cross_entropy(z, labels).sum(), fullgraph=True, backend="aot_eager")
     for function in (compiled, lambda z: ops.cross_entropy(z, labels).sum()):
         function(logits).backward()

@@ -160,7 +160,7 @@ def test_works_without_bitsandbytes():
 def test_opcheck_and_compile():
     weight = ops.nf4_quantize(torch.randn(16, 64))
     nested = (weight.absmax_code, weight.absmax_scale, weight.absmax_offset)
-    arguments = (weight.packed, weight.absmax, *nested, list(weight.shape), weight.blocksize, torch.float16)
+    arguments = (weight.packed, weight.absmax, *nested, list(weight.shape), weight.blocksize, torch.float16, None)
     torch.library.opcheck(torch.ops.fastpeft.nf4_dequantize, arguments)
     compiled = torch.compile(lambda w: ops.nf4_dequantize(w, torch.float32) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(weight), weight.dequantize(torch.float32) * 2)

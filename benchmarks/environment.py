@@ -42,7 +42,7 @@ def describe(device: torch.device) -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "dirty": str(bool(_git("status", "--porcelain"))).lower(),
+        "dirty": str(bool(_git("status", "--porcelain", "--", "..", ":!results"))).lower(),
         "device": name,
         **{package: _version(package) for package in _PACKAGES},
     }

@@ -147,15 +147,17 @@ def measure(step: Step, repeats: int) -> tuple[list[float], list[float]]:
     stock, fused = [], []
     gc.collect()
     gc.disable()
-    for index in range(repeats + 2):  # the first two warm caches and allocators up
-        fastpeft.restore(step.model)
-        stock_s = step()
-        fastpeft.accelerate(step.model)
-        fused_s = step()
-        if index >= 2:
-            stock.append(stock_s)
-            fused.append(fused_s)
-    gc.enable()
+    try:
+        for index in range(repeats + 2):  # the first two warm caches and allocators up
+            fastpeft.restore(step.model)
+            stock_s = step()
+            fastpeft.accelerate(step.model)
+            fused_s = step()
+            if index >= 2:
+                stock.append(stock_s)
+                fused.append(fused_s)
+    finally:
+        gc.enable()
     return stock, fused
 
 
@@ -186,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         "ratio_p80": round(quantile(pairs, 0.8), 3),
     }
     append_csv(args.out, row)
+    print(fastpeft.accelerate(model).summary)
     print(f"{row['device']}: {args.method}, {args.layers} layers of {args.hidden}, {row['tokens']} tokens, "
           f"{args.dtype}, rank {args.rank}, dropout {args.dropout}")  # fmt: skip
     print(f"peft {row['peft_ms']} ms, fastpeft {row['fastpeft_ms']} ms: {row['ratio']} times faster "

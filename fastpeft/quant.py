@@ -14,6 +14,11 @@ from fastpeft.reference import nf4 as formula
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
+REPACKED = (
+    "bitsandbytes has repacked this 4-bit weight for CPU inference (an eval() forward without gradients does it) and "
+    "training on it gives wrong gradients; reload the model and call fastpeft.accelerate before the first evaluation"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
@@ -57,6 +62,8 @@ class NF4Weight:
         """
         weight = getattr(layer, "weight", layer)
         state = bnb_quant_state(layer)
+        if state is None and not hasattr(weight, "quant_state"):
+            raise TypeError(f"a Linear4bit or Params4bit of bitsandbytes is needed; got {type(layer).__name__}")
         if state is None:
             raise ValueError(
                 f"{type(layer).__name__} is not quantized yet: move it to its device first (`.to(device)`)"
@@ -65,9 +72,7 @@ class NF4Weight:
             raise ValueError(f"quant_type is {state.quant_type!r}; only 'nf4' is supported: load the model with "
                              "BitsAndBytesConfig(bnb_4bit_quant_type='nf4')")  # fmt: skip
         if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError("bitsandbytes has repacked this 4-bit weight for CPU inference (an eval() forward without "
-                             "gradients does it) and training on it gives wrong gradients; reload the model and call "
-                             "fastpeft.accelerate before the first evaluation")  # fmt: skip
+            raise ValueError(REPACKED)
         return cls._from_state(weight, state, getattr(layer, "out_features", None), getattr(layer, "in_features", None))
 
     @classmethod
@@ -78,7 +83,7 @@ class NF4Weight:
         nested = state.state2
         if nested is not None and nested.blocksize != formula.ABSMAX_BLOCKSIZE:
             raise ValueError(f"nested blocksize is {nested.blocksize}; only {formula.ABSMAX_BLOCKSIZE} is supported")
-        packed = weight.data.contiguous().view(torch.uint8).view(-1)
+        packed = weight.data.view(torch.uint8).view(-1)
         result = cls(
             packed=packed,
             absmax=state.absmax if nested is not None else state.absmax.float(),
@@ -93,6 +98,8 @@ class NF4Weight:
         return result
 
     def _check_sizes(self) -> None:
+        if self.blocksize not in formula.BLOCKSIZES:
+            raise ValueError(f"blocksize is {self.blocksize}; allowed are {formula.BLOCKSIZES}")
         numel = self.shape[0] * self.shape[1]
         blocks = -(-numel // self.blocksize)
         wanted = {"packed": -(-numel // 2), "absmax": blocks}
@@ -102,8 +109,6 @@ class NF4Weight:
             if getattr(self, name).numel() != size:
                 raise ValueError(f"{name} has {getattr(self, name).numel()} elements; a weight of shape {self.shape} "
                                  f"in blocks of {self.blocksize} needs {size}")  # fmt: skip
-        if self.blocksize not in formula.BLOCKSIZES:
-            raise ValueError(f"blocksize is {self.blocksize}; allowed are {formula.BLOCKSIZES}")
 
     @classmethod
     def quantize(cls, weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
@@ -133,6 +138,8 @@ class NF4Weight:
 
     def dequantize(self, dtype: torch.dtype | None = None, *, backend: str | None = None) -> Tensor:
         """[N, K] in `dtype` (default: `self.dtype`), formed in float32 and rounded once; all backends are bit-equal."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}; it must be floating point")
         name = backends.choose("nf4_dequantize", _DEQUANTIZE_RULES, self.packed, backend=backend)
         return _DEQUANTIZE[name](self, dtype or self.dtype)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import nn
 
 from fastpeft.nn.frozen import is_linear4bit
-from fastpeft.quant import NF4Weight, bnb_quant_state
+from fastpeft.quant import REPACKED, bnb_quant_state
 
 
 def close_cpu_trap(model: nn.Module) -> None:
@@ -20,16 +18,15 @@ def close_cpu_trap(model: nn.Module) -> None:
     linears = [(name, module) for name, module in model.named_modules() if is_linear4bit(module)]
     for name, linear in linears:
         if getattr(bnb_quant_state(linear), "packing_format_for_cpu", False):
-            try:
-                NF4Weight.from_bnb(linear)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {REPACKED}")
     for _, linear in linears:
-        linear.support_avx512bf16_for_cpu = False
+        if linear.support_avx512bf16_for_cpu:
+            linear.support_avx512bf16_for_cpu = False
+            linear._fastpeft_closed_trap = True
 
 
 def reopen_cpu_trap(model: nn.Module) -> None:
-    """Gives back what `close_cpu_trap` took: bitsandbytes' own choice."""
+    """Undoes `close_cpu_trap`, on the layers that it changed."""
     for module in model.modules():
-        if is_linear4bit(module):
-            module.support_avx512bf16_for_cpu = sys.modules["bitsandbytes"].functional.has_avx512bf16()
+        if vars(module).pop("_fastpeft_closed_trap", False):
+            module.support_avx512bf16_for_cpu = True

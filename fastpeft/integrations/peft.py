@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen
+from fastpeft.ops.lora_linear import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,15 @@ class Report:
         width = max([len(row.name) for row in self.rows] + [6])
         lines = [f"{row.name:<{width}}  {row.status:<6}  {row.reason}".rstrip() for row in self.rows]
         header = f"{'module':<{width}}  status  reason"
+        return "\n".join([header, *lines, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """The last line of the table."""
         summary = f"{self.fused} of {len(self)} adapter modules are fused" + (
             ", and so is the loss" if self.loss else ""
         )
-        return "\n".join([header, *lines, summary])
+        return summary
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
@@ -73,10 +79,11 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if strict and not Report(rows).fused:
         raise ValueError(f"no adapter module of this model can be fused\n{Report(rows)}")
     close_cpu_trap(model)
+    loss = fuse_loss(model)
     for (_, layer), row in zip(layers, rows, strict=True):
         if row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
-    return Report(rows, loss=fuse_loss(model))
+    return Report(rows, loss=loss)
 
 
 def restore(model: nn.Module) -> None:
@@ -90,7 +97,7 @@ def restore(model: nn.Module) -> None:
 
 def _why_not(layer: BaseTunerLayer) -> str | None:
     if type(layer) not in _FUSED and not isinstance(layer, _Fused):
-        return f"{type(layer).__module__.split('.')[-2]}.{type(layer).__name__} is not supported"
+        return f"{type(layer).__module__}.{type(layer).__qualname__} is not supported"
     base = layer.base_layer
     if not frozen.is_supported(base):
         return f"the base layer is a {type(base).__name__}"
@@ -101,7 +108,7 @@ def _why_not(layer: BaseTunerLayer) -> str | None:
             return str(error)
     elif not _is_plain(base.weight):
         return f"the base weight is a {type(base.weight).__name__}"
-    if all(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.lora_A):
+    if layer.lora_A and all(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.lora_A):
         variants = {type(variant).__name__.removesuffix("LinearVariant") for variant in layer.lora_variant.values()}
         return f"the adapter is a variant: {', '.join(sorted(variants)) or 'lora_bias'}"
     return None
@@ -154,17 +161,19 @@ class _Fused:
         # A wrapped child (FSDP gives it a class of its own) must be called, not read.
         if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
             return None
-        if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)):
+        if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)) or getattr(dropout, "p", 0.0) >= 1:
             return None
         if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
             return None
         if type(base) is nn.Linear or frozen.is_conv1d(base):
             if not _is_plain(base.weight):
                 return None
-            if x.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            if x.dtype != base.weight.dtype and autocast_dtype(x) is None:
                 return None
         elif not frozen.is_linear4bit(base):
             return None
+        elif base.compute_dtype is torch.float16 and x.dtype is not torch.float16 and autocast_dtype(x) is None:
+            return None  # peft's float32 adapter keeps gradients that would vanish in float16
         return base, lora_A, lora_B, dropout, self.scaling[active]
 
 

@@ -25,7 +25,7 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = shift_labels.reshape(-1).to(logits.device)
-    losses = cross_entropy(logits.view(-1, vocab_size), shift_labels, ignore_index=ignore_index)
+    losses = cross_entropy(logits.reshape(-1, vocab_size), shift_labels, ignore_index=ignore_index)
     if num_items_in_batch is None:
         return losses.sum() / (shift_labels != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):

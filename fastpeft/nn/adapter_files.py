@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,33 +21,29 @@ from fastpeft.nn.lora import LoRALinear
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
-# Settings of peft's LoraConfig that change what a LoRA file means and that LoRALinear does not have.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "use_bdlora",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-)
+# Settings of peft's LoraConfig that LoRALinear understands, or that do not change what a saved adapter means. A file
+# with any other setting switched on is refused, as one with settings of a later peft must be.
+_KNOWN = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
+    *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
+    *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules"),
+    *("task_type", "use_rslora"),
+}
+# Initializations that leave the base weight alone; the others (pissa, olora, loftq...) belong to a changed base.
+_PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into the folder `path`, as peft would.
 
-    model: with LoRALinear modules (see `convert`), or a PeftModel, whose own save runs. Each file is written under a
-    temporary name and renamed. Raises ValueError when there is no adapter, or when the layers differ in dropout or
+    model: with LoRALinear modules (see `convert`), or a PeftModel, whose active adapter peft writes. Each file is
+    written under a temporary name and renamed. Raises ValueError when there is no adapter, or when the layers differ in dropout or
     rslora, which the format cannot hold.
     """
     path = Path(path)
     if _is_peft_model(model):
-        model.save_pretrained(path, safe_serialization=True)
+        _save_peft(model, path)
         return
     layers = _lora_layers(model)
     if not layers:
@@ -68,31 +66,29 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> list[str]:
     """Loads a LoRA adapter from the folder `path`, whether peft or fastpeft wrote it; returns the adapted modules.
 
     model: without adapters, then the modules that the file names are wrapped as by `convert`; or with LoRALinear
-    modules, then the file must name the same ones with the same ranks and its alpha takes the place of theirs; or a
-    PeftModel, whose active adapter is overwritten.
+    modules, then the file must name the same ones with the same ranks and its alpha takes the place of theirs.
 
     Raises ValueError, before the model is touched, for a file that is missing, not safetensors, malformed, of another
-    method, or that does not fit the model. Nothing is unpickled.
+    method or for a changed base, or that does not fit the model; TypeError for a PeftModel, which loads adapters
+    itself. Nothing is unpickled.
     """
     path = Path(path)
-    config, tensors = _read(path)
     if _is_peft_model(model):
-        return _load_into_peft(model, tensors, path)
-    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unsupported:
-        method = ", ".join(unsupported) or f"peft_type {config.get('peft_type')!r}, bias {config.get('bias')!r}"
-        raise ValueError(f"{path} is not a plain LoRA adapter ({method})")
+        raise TypeError("this is a PeftModel: use model.load_adapter(path, adapter_name) of peft")
+    config, tensors = _read(path)
+    _check_meaning(config, path)
     factors = _factors(tensors, path)
     layers = _lora_layers(model)
     _check_fit(model, layers, factors, path)
-    settings = {name: _settings(config, name, A.shape[0]) for name, (A, _) in factors.items()}
+    settings = {name: _settings(config, name, A.shape[0], path) for name, (A, _) in factors.items()}
     if not layers:
         names = {model.get_submodule(name): name for name in factors}
 
         def make(linear: nn.Module) -> LoRALinear:
-            rank, alpha, rslora = settings[names[linear]]
+            alpha, rslora = settings[names[linear]]
             A = factors[names[linear]][0]
-            return LoRALinear(linear, rank, alpha, config.get("lora_dropout", 0.0), rslora=rslora, dtype=A.dtype)
+            dropout = config.get("lora_dropout", 0.0)
+            return LoRALinear(linear, A.shape[0], alpha, dropout, rslora=rslora, dtype=A.dtype)
 
         convert(model, make, "|".join(re.escape(name) for name in factors))
         layers = _lora_layers(model)
@@ -100,7 +96,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> list[str]:
         for name, (A, B) in factors.items():
             layers[name].lora_A.weight.copy_(A)
             layers[name].lora_B.weight.copy_(B)
-            _, layers[name].alpha, layers[name].rslora = settings[name]
+            layers[name].alpha, layers[name].rslora = settings[name]
     return list(factors)
 
 
@@ -148,11 +144,51 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear]) -> dict:
     }
 
 
-def _settings(config: dict, name: str, rank: int) -> tuple[int, float, bool]:
-    """(rank, alpha, rslora) of the module `name`; patterns match the end of a name, as in peft."""
-    patterns = config.get("alpha_pattern") or {}
-    matching = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
-    return rank, (matching or [config["lora_alpha"]])[0], bool(config.get("use_rslora"))
+def _check_meaning(config: dict, path: Path) -> None:
+    """The file is a plain LoRA adapter, and its settings are of the right kinds."""
+    odd = [key for key, value in config.items() if value and key not in _KNOWN]
+    if config.get("peft_type") != "LORA":
+        odd.append(f"peft_type {config.get('peft_type')!r}")
+    if config.get("bias", "none") != "none":
+        odd.append(f"bias {config['bias']!r}")
+    if odd:
+        raise ValueError(f"{path} is not a plain LoRA adapter ({', '.join(odd)})")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITIALIZATIONS:
+        raise ValueError(
+            f"{path} was trained with init_lora_weights={config['init_lora_weights']!r}, which changes the base weight "
+            "too: load it with peft, or let peft save it with path_initial_model_for_weight_conversion"
+        )
+    dropout = config.get("lora_dropout", 0.0)
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: lora_dropout is {dropout!r}; it must be in [0, 1)")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+            raise ValueError(f"{path}: {key} is {pattern!r}; it must map patterns to numbers")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _settings(config: dict, name: str, rank: int, path: Path) -> tuple[float, bool]:
+    """(alpha, rslora) of the module `name`, whose matrices have rank `rank`."""
+
+    def of_module(setting: str, pattern: str):
+        for key, value in (config.get(pattern) or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({key})$", name):  # the end of a name, as in peft
+                    return value
+            except re.error as error:
+                raise ValueError(f"{path}: {pattern} has the key {key!r}: {error}") from error
+        return config.get(setting)
+
+    alpha = of_module("lora_alpha", "alpha_pattern")
+    if not _is_number(alpha):
+        raise ValueError(f"{path}: lora_alpha is {alpha!r}; it must be a number")
+    if of_module("r", "rank_pattern") != rank:
+        raise ValueError(f"{path}: {name} has rank {rank}, its configuration says {of_module('r', 'rank_pattern')!r}")
+    return alpha, bool(config.get("use_rslora"))
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -194,6 +230,8 @@ def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], factors: dict, p
         raise ValueError(f"{path} and the model adapt different modules; only one of them has {', '.join(odd[:3])}")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, (A, B) in factors.items():
+        if layers and layers[name].merged:
+            raise ValueError(f"{name} is merged; unmerge it before an adapter is loaded")
         base = layers[name].base if layers else modules.get(name)
         if base is None or not is_supported(base):
             raise ValueError(f"{path} adapts {name}, which the model has not, or not as a supported linear")
@@ -206,13 +244,11 @@ def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], factors: dict, p
             raise ValueError(f"{path}: {name} is {A.dtype} and {B.dtype}, not floating point")
 
 
-def _load_into_peft(model, tensors: dict[str, Tensor], path: Path) -> list[str]:
-    import peft
-
-    own = peft.get_peft_model_state_dict(model)
-    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in tensors.items()}:
-        odd = sorted(key for key in own.keys() | tensors.keys()
-                     if key not in own or key not in tensors or own[key].shape != tensors[key].shape)  # fmt: skip
-        raise ValueError(f"{path} does not fit the active adapter: {', '.join(odd[:3])}")
-    peft.set_peft_model_state_dict(model, tensors)
-    return sorted({key.rsplit(".lora_", 1)[0].removeprefix("base_model.model.") for key in tensors})
+def _save_peft(model, path: Path) -> None:
+    active = model.active_adapter
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=path) as temporary:
+        model.save_pretrained(temporary, selected_adapters=[active])
+        written = Path(temporary) if active == "default" else Path(temporary, active)  # so does peft
+        for name in (_WEIGHTS, _CONFIG):
+            os.replace(written / name, path / name)

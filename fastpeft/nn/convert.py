@@ -14,18 +14,22 @@ from fastpeft.nn.lora import LoRALinear
 def convert(
     model: nn.Module, make: Callable[[nn.Module], nn.Module], target_modules: str | Sequence[str] = "all-linear"
 ) -> list[str]:
-    """Replaces each matching linear by `make(linear)`, in place, and freezes every parameter that was there before.
+    """Replaces each matching linear by `make(linear)`, in place, and freezes every parameter outside of an adapter.
 
         convert(model, lambda linear: LoRALinear(linear, r=16), ["q_proj", "v_proj"])
 
     target_modules: as in peft: a list of names or of their last parts, a regular expression for the whole name, or
     "all-linear", which is every supported linear but the output embedding. Returns the names of the replaced modules.
 
-    Raises ValueError when nothing matches or a match is not a supported linear, and whatever `make` raises; then the
-    model is as it was.
+    Raises ValueError when nothing matches, a match is not a supported linear or peft has been here, and whatever
+    `make` raises; then the model is as it was.
     """
+    if any(type(module).__module__.startswith("peft.tuners") for module in model.modules()):
+        raise ValueError("the model has adapters of peft already; fastpeft.accelerate makes them fast")
     names = _matching(model, target_modules)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    adapting = {parameter for adapter in adapters for parameter in adapter.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad and p not in adapting]
     made: dict[nn.Module, nn.Module] = {}  # a module with two names (tied) keeps one adapter
     try:
         for name in names:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import sys
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.ops import lora_linear
 from fastpeft.quant import NF4Weight, bnb_quant_state
-
-# Module -> (weight, quant_state, quant_state.absmax, view). The three are what changes when bitsandbytes or peft moves,
-# merges or repacks a layer; comparing them by identity costs less than building the view again.
-_views: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -34,19 +29,8 @@ def weight_of(base: nn.Module) -> Tensor | NF4Weight:
     """The weight as [N, K], without a copy. Raises what `NF4Weight.from_bnb` raises."""
     if type(base) is nn.Linear:
         return base.weight
-    return _nf4_view(base) if is_linear4bit(base) else base.weight.t()
-
-
-def _nf4_view(linear: nn.Module) -> NF4Weight:
-    """The NF4Weight over a Linear4bit's storage."""
-    if torch.compiler.is_compiling():
-        return NF4Weight.from_bnb(linear)
-    weight, state = linear.weight, bnb_quant_state(linear)
-    cached = _views.get(linear)
-    if cached is None or cached[0] is not weight or state is not cached[1] or cached[2] is not state.absmax:
-        view = NF4Weight.from_bnb(linear)  # raises when there is no state
-        cached = _views[linear] = (weight, state, state.absmax, view)
-    return cached[3]
+    # The view is made again at each call: whatever peft or bitsandbytes did to the storage since, it is seen.
+    return NF4Weight.from_bnb(base) if is_linear4bit(base) else base.weight.t()
 
 
 def lora_forward(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float) -> Tensor:
@@ -58,8 +42,9 @@ def lora_forward(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, drop
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
-    inside = x if base.compute_dtype is None else x.to(base.compute_dtype)
-    return lora_linear(inside, weight, A, B, scaling, base.bias, dropout_p=dropout_p).to(x.dtype)
+    # The gradients of the adapter would vanish in float16 under activations of a wider range.
+    dtype = x.dtype if base.compute_dtype in (None, torch.float16) else base.compute_dtype
+    return lora_linear(x.to(dtype), weight, A, B, scaling, base.bias, dropout_p=dropout_p).to(x.dtype)
 
 
 def freeze(base: nn.Module) -> None:
@@ -78,17 +63,16 @@ def add_to_weight(base: nn.Module, delta: Tensor) -> float:
     """
     weight = weight_of(base)
     exact = (weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()) + delta
-    if not torch.isfinite(exact).all():
+    rounded = exact if isinstance(weight, NF4Weight) else exact.to(weight.dtype)
+    if not torch.isfinite(rounded).all():
         raise ValueError("the merged weight is not finite; the adapter seems to be broken")
     if isinstance(weight, NF4Weight):
         base.weight = _requantized(base, exact)
-        stored = weight_of(base).dequantize(torch.float32)
+        rounded = weight_of(base).dequantize(torch.float32)
     else:
-        rounded = exact.to(weight.dtype)
         base.weight = nn.Parameter(rounded.t().contiguous() if is_conv1d(base) else rounded, requires_grad=False)
-        stored = rounded.float()
     size = delta.norm()
-    return ((stored - exact).norm() / size).item() if size > 0 else 0.0
+    return ((rounded.float() - exact).norm() / size).item() if size > 0 else 0.0
 
 
 def _requantized(linear: nn.Module, weight: Tensor) -> nn.Parameter:
@@ -109,10 +93,11 @@ def _requantized(linear: nn.Module, weight: Tensor) -> nn.Parameter:
 
 
 def restore_weight(base: nn.Module, weight: nn.Parameter) -> None:
-    """Undoes `add_to_weight`: `weight` is the parameter that it replaced."""
-    device = base.weight.device
+    """Undoes `add_to_weight`: `weight` is the parameter that it replaced, moved to where the base is now."""
     if is_linear4bit(base):
-        base.weight = weight.to(device)
+        moved = weight.device != base.weight.device
+        base.weight = weight.to(base.weight.device) if moved else weight
         base.quant_state = base.weight.quant_state
     else:
-        base.weight = nn.Parameter(weight.data.to(device), requires_grad=False)
+        weight.data = weight.data.to(base.weight)
+        base.weight = weight

@@ -1,7 +1,9 @@
 """accelerate: the same model, outputs, loss and gradients as stock peft, whatever is done to it."""
 
 import copy
+import gc
 import warnings
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -249,6 +251,63 @@ def test_four_bit_base_under_a_dense_lora_layer():
     stock = loss_and_gradients(model, ids)
     assert fastpeft.accelerate(model).fused > 0
     assert_same(loss_and_gradients(model, ids), stock, 1e-5)
+
+
+def test_float16_compute_under_wider_activations_keeps_small_gradients():
+    """As after prepare_model_for_kbit_training: gradients of 1e-8 would vanish in float16."""
+    model = with_lora(quantize(llama(), torch.float16))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x, dy = torch.randn(20, 128, requires_grad=True), 1e-8 * torch.randn(20, 128)
+    gradients = []
+    for prepare in (lambda model: None, fastpeft.accelerate):
+        prepare(model)
+        layer(x).backward(dy)
+        gradients.append({name: p.grad for name, p in layer.named_parameters() if p.grad is not None} | {"x": x.grad})
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+    assert_same(*reversed(gradients), 1e-3)
+    assert gradients[1]["lora_A.default.weight"].abs().max() > 0
+
+
+def test_accelerated_layers_are_freed_and_follow_their_storage():
+    model, ids = build("llama4bit"), tokens()
+    fastpeft.accelerate(model)
+    model(ids)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    x, base = torch.randn(3, 128), layer.base_layer
+    before = layer(x)
+    base.weight.data = base.weight.data.flip(0)
+    assert not torch.allclose(layer(x), before)
+    remains = weakref.ref(base)
+    del model, layer, base
+    gc.collect()
+    assert remains() is None
+
+
+def test_restore_does_not_open_a_trap_that_accelerate_did_not_close():
+    model = build("llama4bit")
+    bases = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for base in bases:
+        base.support_avx512bf16_for_cpu = True  # as on a CPU with AVX512-BF16
+    bases[0].support_avx512bf16_for_cpu = False  # by the user
+    fastpeft.accelerate(model)
+    assert not any(base.support_avx512bf16_for_cpu for base in bases)
+    fastpeft.restore(model)
+    assert [base.support_avx512bf16_for_cpu for base in bases] == [False] + [True] * (len(bases) - 1)
+
+
+def test_layers_of_somebody_else_and_full_dropout_run_peft():
+    class OwnLinear(peft.tuners.lora.Linear):
+        pass
+
+    model, x = build("llama", lora_dropout=0.5), torch.randn(3, 128)
+    layers = model.base_model.model.model.layers
+    layers[0].self_attn.q_proj.__class__ = OwnLinear
+    report = fastpeft.accelerate(model)
+    assert report.fused == len(report) - 1 and any("OwnLinear is not supported" in row.reason for row in report)
+    layer = layers[1].self_attn.q_proj
+    layer.lora_dropout["default"].p = 1.0
+    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_report_names_every_module_and_reason():

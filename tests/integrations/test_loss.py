@@ -29,6 +29,11 @@ def test_equals_transformers(items, shifted):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_logits_may_be_a_view():
+    logits, labels = torch.randn(2, 6, VOCAB).bfloat16()[:, 1:], tokens(2, 5)
+    assert torch.allclose(causal_lm_loss(logits, labels, VOCAB), ForCausalLMLoss(logits, labels, VOCAB))
+
+
 @pytest.mark.parametrize("make", (llama, gpt2))
 def test_accelerate_sets_it_and_restore_takes_it_back(make):
     model = with_lora(make(), target_modules=["c_attn"] if make is gpt2 else ["q_proj"])

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from fastpeft import convert, load_adapter, save_adapter
@@ -74,15 +74,21 @@ def test_round_trip_over_a_4bit_model(tmp_path):
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_peft_models_are_saved_and_loaded_by_peft(tmp_path):
+def test_the_active_adapter_of_a_peft_model_is_saved(tmp_path):
     model, ids = with_lora(llama()).eval(), tokens()
+    state = {name.replace(".base_layer", ""): value for name, value in model.get_base_model().state_dict().items()}
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"]))
+    fill_adapters(model)
+    model.set_adapter("second")
     expected = model(ids).logits
     save_adapter(model, tmp_path)
-    fill_adapters(model)
-    assert len(load_adapter(model, tmp_path)) == 14
-    assert torch.equal(model(ids).logits, expected)
-    with pytest.raises(ValueError, match="does not fit the active adapter"):
-        load_adapter(with_lora(llama(), r=4), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    fresh = llama().eval()
+    fresh.load_state_dict({name: value for name, value in state.items() if "lora_" not in name})
+    assert len(load_adapter(fresh, tmp_path)) == 2
+    assert torch.allclose(fresh(ids).logits, expected, atol=1e-5)
+    with pytest.raises(TypeError, match="model.load_adapter"):
+        load_adapter(model, tmp_path)
 
 
 def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_path):
@@ -116,6 +122,20 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
     other = {name.replace("layers.0", "layers.9"): value for name, value in tensors.items()}
     case("elsewhere", "layers.9|adapt different modules", new_tensors=other)
     case("integer", "not floating point|needs", new_tensors=tensors | {key: torch.zeros(4, 128, dtype=torch.int32)})
+
+    case("pissa", "init_lora_weights='pissa'.*load it with peft", new_config=config | {"init_lora_weights": "pissa"})
+    case("future", "not a plain LoRA adapter .use_magic", new_config=config | {"use_magic": True})
+    case("alpha", "lora_alpha is 'abc'", new_config=config | {"lora_alpha": "abc", "alpha_pattern": {}})
+    case("no_alpha", "lora_alpha is None", new_config=config | {"lora_alpha": None, "alpha_pattern": {}})
+    case("pattern", "alpha_pattern has the key", new_config=config | {"alpha_pattern": {"(": 1}})
+    case("patterns", "alpha_pattern is", new_config=config | {"alpha_pattern": [1]})
+    case("dropout", "lora_dropout is None", new_config=config | {"lora_dropout": None})
+    case("rank", "its configuration says 3", new_config=config | {"r": 3, "rank_pattern": {}})
+
+    merged = converted(llama())
+    next(module for module in merged.modules() if isinstance(module, LoRALinear)).merge()
+    with pytest.raises(ValueError, match="is merged"):
+        load_adapter(merged, tmp_path / "good")
 
     (tmp_path / "pickle").mkdir()
     torch.save(tensors, tmp_path / "pickle" / "adapter_model.bin")

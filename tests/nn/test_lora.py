@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import convert
 from fastpeft.nn import LoRALinear
 from fastpeft.reference.lora_linear import lora_linear as reference
-from tests.models import gpt2, llama, tokens
+from tests.models import gpt2, llama, tokens, with_lora
 
 
 def base(kind: str, dtype=torch.float32, K=64, N=48) -> nn.Module:
@@ -68,7 +68,7 @@ def test_output_type_is_that_of_the_base(kind):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_merge_tells_what_it_lost_and_unmerge_gives_all_back(kind, dtype):
     layer, x = adapted(kind, dtype).eval(), torch.randn(7, 64).to(dtype)
-    before, state = layer(x), copy.deepcopy(layer.state_dict())
+    before, state, weight = layer(x), copy.deepcopy(layer.state_dict()), layer.base.weight
     exact = layer.base(x).double() + x.double() @ layer.delta_weight().double().t()
     assert not layer.merged
     lost = layer.merge()
@@ -87,6 +87,7 @@ def test_merge_tells_what_it_lost_and_unmerge_gives_all_back(kind, dtype):
     layer.unmerge()
     assert torch.equal(layer(x), before)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert layer.base.weight is weight
     with pytest.raises(RuntimeError, match="not merged"):
         layer.unmerge()
 
@@ -99,6 +100,10 @@ def test_a_broken_adapter_is_not_merged():
         with pytest.raises(ValueError, match="not finite"):
             layer.merge()
         assert layer.base.weight is weight and not layer.merged
+    layer = adapted("dense", torch.float16)
+    layer.lora_B.weight.data.fill_(1e6)  # finite in float32, not in the weight's float16
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge()
 
 
 def test_unload_returns_the_merged_base():
@@ -174,6 +179,16 @@ def test_convert_target_forms():
     model = llama()
     convert(model, make, ["q_proj"])
     assert len(convert(model, make)) == 12  # a base that is wrapped already is not wrapped again
+
+
+def test_convert_twice_trains_both_and_leaves_peft_alone():
+    model = llama()
+    convert(model, make, ["q_proj"])
+    convert(model, make, ["v_proj"])
+    trainable = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="peft already"):
+        convert(with_lora(llama()), make)
 
 
 def test_convert_keeps_the_mode():

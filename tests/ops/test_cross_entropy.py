@@ -85,3 +85,5 @@ def test_no_tensor_is_as_large_as_a_float32_copy_of_the_logits():
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"labels must be \(3,\); got \(4,\)"):
         ops.cross_entropy(torch.randn(3, 5), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(TypeError, match="labels torch.float32"):
+        ops.cross_entropy(torch.randn(3, 5), torch.zeros(3))

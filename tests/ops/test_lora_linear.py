@@ -140,6 +140,35 @@ def test_double_use_retain_graph_and_second_derivative():
         dx.sum().backward()
 
 
+def test_the_output_may_be_changed_in_place():
+    for shape in ((6, 64), (2, 3, 64)):
+        x, W, A, B, _, _ = problem(shape, 32, 4, FP64, FP64)
+        A = leaf(A)
+        y = ops.lora_linear(x, W, A, B, 1.5)
+        y *= 2
+        torch.relu_(y)
+        y.sum().backward()
+        (expected,) = torch.autograd.grad((2 * reference(x, W, A, B, 1.5)).relu().sum(), A)
+        assert torch.allclose(A.grad, expected)
+
+
+def test_backward_under_an_autocast_that_was_off_in_forward():
+    x, W, A, B, _, _ = problem((6, 64), 32, 4, FP32, FP32)
+    x, A, B = leaf(x), leaf(A), leaf(B)
+    with torch.autocast("cpu", BF16):
+        with torch.autocast("cpu", enabled=False):
+            y = ops.lora_linear(x, W, A, B, 1.5)
+        y.sum().backward()
+    expected = torch.autograd.grad(reference(x, W, A, B, 1.5).sum(), (x, A, B))
+    for t, e in zip((x, A, B), expected, strict=True):
+        assert torch.allclose(t.grad, e, rtol=1e-4, atol=1e-5)
+
+
+def test_meta_tensors():
+    x, W, A, B, _, _ = problem((2, 3, 64), 32, 4, FP32, FP32)
+    assert ops.lora_linear(*(t.to("meta") for t in (x, W, A, B)), 1.5).shape == (2, 3, 32)
+
+
 def test_changed_parameters_between_forward_and_backward_are_noticed():
     x, W, A, B, _, dy = problem((5, 24), 16, 3, FP32, FP32)
     A, B = leaf(A), leaf(B)
@@ -280,3 +309,8 @@ def test_bad_input_is_refused_with_its_name():
     refused(TypeError, "x is torch.bfloat16, but weight is torch.float32", x.to(BF16), W, A, B, 1.0)
     refused(TypeError, "int64", x, W, A.long(), B, 1.0)
     refused(ValueError, "A on meta", x, W, A.to("meta"), B, 1.0)
+    refused(TypeError, "weight must be", x, W[0], A, B, 1.0)
+    refused(TypeError, "scaling is '2'", x, W, A, B, "2")
+    refused(ValueError, r"scaling is \(4,\)", x, W, A, B, torch.ones(4))
+    refused(ValueError, r"seed is \(3,\)", x, W, A, B, 1.0, dropout_p=0.1, seed=torch.zeros(3, dtype=torch.int64))
+    refused(ValueError, "seed is 0.5", x, W, A, B, 1.0, dropout_p=0.1, seed=0.5)

@@ -122,6 +122,9 @@ def test_refusals_name_the_reason_and_the_way_out():
     with pytest.raises(ValueError, match="not quantized yet"):
         NF4Weight.from_bnb(bnb.nn.Linear4bit(64, 64, quant_type="nf4"))
 
+    with pytest.raises(TypeError, match="Linear4bit or Params4bit.*got Linear"):
+        NF4Weight.from_bnb(torch.nn.Linear(4, 4))
+
     repacked = bnb.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
     repacked.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(ValueError, match="repacked.*reload"):
@@ -140,6 +143,8 @@ def test_refusals_name_the_reason_and_the_way_out():
         ops.nf4_quantize(torch.randn(4, 4), blocksize=48)
     with pytest.raises(ValueError, match="float64"):
         ops.nf4_quantize(torch.randn(4, 4, dtype=torch.float64))
+    with pytest.raises(TypeError, match="dtype is torch.int8"):
+        ops.nf4_dequantize(ops.nf4_quantize(torch.randn(4, 4)), torch.int8)
     with pytest.raises(ValueError, match="cannot run on backend 'cuda'"):
         ops.nf4_dequantize(ops.nf4_quantize(torch.randn(4, 4)), backend="cuda")
 

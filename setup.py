@@ -112,14 +112,20 @@ class BuildCuda(build_ext):
             f"-I{sysconfig.get_path('include')}",
             f'-DFASTPEFT_CUDA_ARCHS="{";".join(archs)}"',
         ]
+
+        def path(value: Path) -> str:
+            return re.sub(r"([$ :])", r"$\1", str(value))  # ninja's escapes
+
         object_of = {Path(source).resolve(): objects / f"{Path(source).name}.o" for source in ext.sources}
         (objects / "build.ninja").write_text(
             NINJA_FILE.format(
                 nvcc=shlex.quote(nvcc),
                 flags=shlex.join(flags),
-                compilations="".join(f"build {out}: compile {source}\n" for source, out in object_of.items()),
-                module=module,
-                objects=" ".join(map(str, object_of.values())),
+                compilations="".join(
+                    f"build {path(out)}: compile {path(source)}\n" for source, out in object_of.items()
+                ),
+                module=path(module),
+                objects=" ".join(map(path, object_of.values())),
             )
         )
         if subprocess.run([sys.executable, "-m", "ninja", "-C", str(objects)]).returncode != 0:

@@ -53,10 +53,8 @@ class Report:
     @property
     def summary(self) -> str:
         """The last line of the table."""
-        summary = f"{self.fused} of {len(self)} adapter modules are fused" + (
-            ", and so is the loss" if self.loss else ""
-        )
-        return summary
+        loss = ", and so is the loss" if self.loss else ""
+        return f"{self.fused} of {len(self)} adapter modules are fused{loss}"
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:

@@ -38,8 +38,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into the folder `path`, as peft would.
 
     model: with LoRALinear modules (see `convert`), or a PeftModel, whose active adapter peft writes. Each file is
-    written under a temporary name and renamed. Raises ValueError when there is no adapter, or when the layers differ in dropout or
-    rslora, which the format cannot hold.
+    written under a temporary name and renamed.
+
+    Raises ValueError when there is no adapter, or when the layers differ in dropout or rslora, which the format cannot
+    hold.
     """
     path = Path(path)
     if _is_peft_model(model):

@@ -198,7 +198,7 @@ class LoraLinearFn(torch.autograd.Function):
 
 
 # The same computation as a torch.library op: one opaque node in a compiled graph. Eager mode calls the Function above,
-# which costs a fifth of the dispatch.
+# which has less to dispatch.
 
 _WEIGHT = "Tensor weight, Tensor? absmax, Tensor? absmax_code, Tensor? absmax_scale, Tensor? absmax_offset, "
 _WEIGHT += "int[] shape, int blocksize"

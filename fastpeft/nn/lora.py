@@ -75,7 +75,9 @@ class LoRALinear(nn.Module):
 
         A 4-bit base stays 4-bit: dequantized, added, quantized again. The weight that it replaces is kept, so that
         `unmerge` gives it back bit for bit; `unload` drops it. Returns what rounding lost: the error of the new
-        weight relative to the update's norm (for 4 bits it can exceed the update itself). Raises RuntimeError when merged already, ValueError when the sum is not finite.
+        weight relative to the update's norm (for 4 bits it can exceed the update itself).
+
+        Raises RuntimeError when merged already, ValueError when the sum is not finite.
         """
         if self.merged:
             raise RuntimeError("the adapter is merged already")

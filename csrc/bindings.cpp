@@ -33,10 +33,21 @@ void check(const char* op, cudaError_t error) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastpeft. Arguments are addresses and sizes, unchecked: use fastpeft.ops.";
 
-  py::enum_<DType>(m, "DType").value("bf16", DType::bf16).value("fp16", DType::fp16).value("fp32", DType::fp32);
+  // What the addresses belong to.
+#if defined(CUDA_EMULATION)
+  m.attr("device_type") = "cpu";
+#else
+  m.attr("device_type") = "cuda";
+#endif
+
+  // module_local: a process may hold several builds of this module, the emulated ones beside the real one.
+  py::enum_<DType>(m, "DType", py::module_local())
+      .value("bf16", DType::bf16)
+      .value("fp16", DType::fp16)
+      .value("fp32", DType::fp32);
 
   // Addresses only: it keeps no tensor alive, so make one for each call.
-  py::class_<Nf4Storage>(m, "Nf4Storage")
+  py::class_<Nf4Storage>(m, "Nf4Storage", py::module_local())
       .def_static(
           "plain",
           [](Address packed, Address absmax, int blocksize) {
@@ -68,6 +79,39 @@ PYBIND11_MODULE(_cuda, m) {
         check("nf4_dequantize", nf4_dequantize({weight, pointer<void>(out), out_dtype, numel}, stream_of(stream)));
       },
       "weight"_a, "out"_a, "out_dtype"_a, "numel"_a, "stream"_a);
+
+  m.def(
+      "nf4_quantize",
+      [](Address weight, DType weight_dtype, Address packed, Address absmax, int64_t numel, int blocksize,
+         Address stream) {
+        check("nf4_quantize", nf4_quantize({pointer<const void>(weight), weight_dtype, pointer<uint8_t>(packed),
+                                            pointer<float>(absmax), numel, blocksize},
+                                           stream_of(stream)));
+      },
+      "weight"_a, "weight_dtype"_a, "packed"_a, "absmax"_a, "numel"_a, "blocksize"_a, "stream"_a);
+
+  m.def(
+      "nf4_quantize_absmax",
+      [](Address absmax, Address offset, Address absmax_code, Address absmax_u8, Address absmax2, int64_t blocks,
+         Address stream) {
+        check("nf4_quantize_absmax", nf4_quantize_absmax({pointer<const float>(absmax), pointer<const float>(offset),
+                                                          pointer<const float>(absmax_code),
+                                                          pointer<uint8_t>(absmax_u8), pointer<float>(absmax2), blocks},
+                                                         stream_of(stream)));
+      },
+      "absmax"_a, "offset"_a, "absmax_code"_a, "absmax_u8"_a, "absmax2"_a, "blocks"_a, "stream"_a);
+
+  m.def(
+      "nf4_merge",
+      [](const Nf4Storage& weight, Address lora_a, Address lora_b, float scaling, Address scaling_tensor, Address gain,
+         Address out, DType dtype, int N, int K, int R, Address stream) {
+        check("nf4_merge", nf4_merge({weight, pointer<const void>(lora_a), pointer<const void>(lora_b), scaling,
+                                      pointer<const float>(scaling_tensor), pointer<const float>(gain),
+                                      pointer<void>(out), dtype, N, K, R},
+                                     stream_of(stream)));
+      },
+      "weight"_a, "lora_a"_a, "lora_b"_a, "scaling"_a, "scaling_tensor"_a, "gain"_a, "out"_a, "dtype"_a, "N"_a, "K"_a,
+      "R"_a, "stream"_a);
 
   // The two below answer on a machine without a driver too: an error is part of the answer.
   m.def(

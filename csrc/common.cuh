@@ -9,6 +9,13 @@
 
 #include "ops.h"
 
+// The shared memory whose size the launch gives. A declaration is what no emulation can replace, hence a macro.
+#if defined(CUDA_EMULATION)
+#define DYNAMIC_SMEM(name) unsigned char* const name = emulation::dynamic_smem()
+#else
+#define DYNAMIC_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
 namespace fastpeft {
 
 // cudaLaunchKernelEx instead of <<<>>>: it returns the launch's own error, and it is plain C++, so that a host compiler
@@ -16,6 +23,12 @@ namespace fastpeft {
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
                    Args&&... args) {
+  // Above 48 kB a kernel has to ask; the attribute stays with the kernel, and setting it again changes nothing.
+  if (smem_bytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -49,27 +62,6 @@ struct Rounded<float> {
   using Pair = float2;
   static __device__ __forceinline__ float one(float a) { return a; }
   static __device__ __forceinline__ Pair two(float a, float b) { return make_float2(a, b); }
-};
-
-// The 16 values of NF4 (QLoRA, Dettmers et al. 2023, appendix E), the float32 numbers of bitsandbytes. Read it into
-// shared memory first: constant memory serves one address at a time, and 16 floats in 16 banks never conflict.
-__constant__ float kNf4Code[16] = {
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
 };
 
 }  // namespace fastpeft

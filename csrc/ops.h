@@ -23,7 +23,7 @@ struct Nf4Storage {
   const float* absmax_code;    // [256]
   const float* absmax2;        // [ceil(blocks / 256)]
   const float* absmax_offset;  // one float
-  int blocksize;               // a power of two, at least 32
+  int blocksize;               // a power of two, 32 to 4096
 };
 
 // out[i] = nf4_code[nibble i] * absmax[i / blocksize], in float32, rounded once to out_dtype.
@@ -34,5 +34,46 @@ struct Nf4DequantizeParams {
   int64_t numel;
 };
 cudaError_t nf4_dequantize(const Nf4DequantizeParams& p, cudaStream_t stream);
+
+// absmax[b] = largest magnitude of block b; nibble i = index of the value of nf4_code nearest to weight[i] / absmax, in
+// the arithmetic of bitsandbytes on a CPU (fastpeft/reference/nf4.py). The last nibble of an odd numel holds the code
+// of zero.
+struct Nf4QuantizeParams {
+  const void* weight;  // [numel] of weight_dtype
+  DType weight_dtype;
+  uint8_t* packed;  // [ceil(numel / 2)]
+  float* absmax;    // [ceil(numel / blocksize)]
+  int64_t numel;
+  int blocksize;  // as above
+};
+cudaError_t nf4_quantize(const Nf4QuantizeParams& p, cudaStream_t stream);
+
+// Double quantization, the "nested" absmax above:
+//   absmax2[g] = largest magnitude of absmax - *offset in group g of 256
+//   absmax_u8[i] = index of the value of absmax_code nearest to (absmax[i] - *offset) / absmax2[i / 256]
+struct Nf4QuantizeAbsmaxParams {
+  const float* absmax;       // [blocks]
+  const float* offset;       // one float, the mean of absmax
+  const float* absmax_code;  // [256], ascending
+  uint8_t* absmax_u8;        // [blocks]
+  float* absmax2;            // [ceil(blocks / 256)]
+  int64_t blocks;
+};
+cudaError_t nf4_quantize_absmax(const Nf4QuantizeAbsmaxParams& p, cudaStream_t stream);
+
+// out[n, k] = gain[n] * (W[n, k] + scaling * sum_r B[n, r] * A[r, k]) with W the dequantized weight, all in float32 and
+// rounded once to dtype.
+struct Nf4MergeParams {
+  Nf4Storage weight;
+  const void* lora_a;           // A [R, K] of dtype
+  const void* lora_b;           // B [N, R] of dtype
+  float scaling;                // multiplied by
+  const float* scaling_tensor;  // one float, or null for 1
+  const float* gain;            // [N], or null for 1
+  void* out;                    // [N, K] of dtype
+  DType dtype;                  // bf16 or fp16
+  int N, K, R;                  // R may be 0
+};
+cudaError_t nf4_merge(const Nf4MergeParams& p, cudaStream_t stream);
 
 }  // namespace fastpeft

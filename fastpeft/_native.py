@@ -3,8 +3,12 @@
 cuda: the module fastpeft._cuda, or None. why_absent: None, or a sentence that says why and what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+
+import torch
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -20,3 +24,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 cuda, why_absent = _load()
+
+
+@contextmanager
+def stream_on(device: torch.device) -> Iterator[int]:
+    """Makes `device` the current one; gives the address of its current stream, what every native call enqueues on."""
+    if device.type == "cpu":  # the module is compiled for the CPU, as tests do: it computes at once
+        yield 0
+    else:
+        with torch.cuda.device(device):
+            yield torch.cuda.current_stream().cuda_stream

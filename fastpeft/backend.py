@@ -10,12 +10,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
+from functools import cache
 
 import torch
 
 from fastpeft import _native
 
 NAMES = ("cuda", "triton", "eager", "reference")
+_KERNELS = ("cuda", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("fastpeft_backend", default=None)
 _logger = logging.getLogger("fastpeft")
@@ -61,7 +63,8 @@ def choose(op: str, rules: Mapping[str, Callable[..., str | None]], *args, backe
 
     rules: backend name -> function of `args` that returns None when that backend can run them, else the reason why
     not; in order of preference. What was asked for by name runs or raises; otherwise the first that can run does, and
-    the reason why the preferred one could not is logged once.
+    the reason why the preferred one could not is logged once. On its own, a kernel is chosen for a CUDA tensor only: on
+    a CPU kernels are interpreted or emulated, for tests.
     """
     wanted = requested(backend)
     if wanted is not None:
@@ -71,21 +74,50 @@ def choose(op: str, rules: Mapping[str, Callable[..., str | None]], *args, backe
         if reason is not None:
             raise ValueError(f"{op} cannot run on backend {wanted!r}: {reason}")
         return wanted
+    on_gpu = args[0].is_cuda
     for name, rule in rules.items():
+        if name in _KERNELS and not on_gpu:
+            continue
         reason = rule(*args)
         if reason is None:
             return name
-        if args[0].is_cuda and (op, reason) not in _logged:
+        if on_gpu and (op, reason) not in _logged:
             _logged.add((op, reason))
             _logger.info("%s does not use %s: %s", op, name, reason)
     raise ValueError(f"{op}: no backend can run these arguments")
 
 
-def needs_cuda_module(tensor: torch.Tensor) -> str | None:
-    """The rule that every native kernel shares: a CUDA tensor, and a native module to give it to."""
-    if not tensor.is_cuda:
+def needs_cuda_module(tensor: torch.Tensor, *_args) -> str | None:
+    """The rule that every native kernel shares: a native module, and a tensor where it computes."""
+    if _native.cuda is None:
+        return _native.why_absent
+    if tensor.device.type != _native.cuda.device_type:
         return f"the tensor is on {tensor.device}"
-    return _native.why_absent
+    return None
+
+
+def needs_triton(tensor: torch.Tensor, *_args) -> str | None:
+    """The rule that every Triton kernel shares: Triton, and a CUDA tensor or Triton's interpreter."""
+    if _why_no_triton() is not None:
+        return _why_no_triton()
+    if not tensor.is_cuda and not _triton_interprets():
+        return f"the tensor is on {tensor.device} (Triton's interpreter runs there: TRITON_INTERPRET=1)"
+    return None
+
+
+@cache
+def _why_no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    return None
+
+
+def _triton_interprets() -> bool:
+    from triton import knobs
+
+    return knobs.runtime.interpret
 
 
 def always(*_args) -> str | None:
@@ -95,10 +127,4 @@ def always(*_args) -> str | None:
 def availability() -> dict[str, str | None]:
     """Backend name -> None when it can run on this machine, else why not."""
     no_gpu = None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
-    try:
-        import triton  # noqa: F401
-
-        no_triton = None
-    except ImportError as error:
-        no_triton = f"triton is not installed ({error})"
-    return {"cuda": _native.why_absent or no_gpu, "triton": no_triton or no_gpu, "eager": None}
+    return {"cuda": _native.why_absent or no_gpu, "triton": _why_no_triton() or no_gpu, "eager": None}

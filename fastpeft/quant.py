@@ -111,19 +111,23 @@ class NF4Weight:
                                  f"in blocks of {self.blocksize} needs {size}")  # fmt: skip
 
     @classmethod
-    def quantize(cls, weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
-        """weight: [N, K] bf16|fp16|fp32. The bytes are those that bitsandbytes writes on a CPU."""
+    def quantize(
+        cls, weight: Tensor, blocksize: int = 64, double_quant: bool = True, *, backend: str | None = None
+    ) -> NF4Weight:
+        """weight: [N, K] bf16|fp16|fp32. The bytes are those that bitsandbytes writes on a CPU, by every backend."""
         if weight.dim() != 2 or weight.dtype not in _FLOATS:
             raise ValueError(f"weight must be [N, K] in bf16, fp16 or fp32; got {tuple(weight.shape)} {weight.dtype}")
         if blocksize not in formula.BLOCKSIZES:
             raise ValueError(f"blocksize is {blocksize}; allowed are {formula.BLOCKSIZES}")
         weight = weight.detach()
-        packed, absmax = formula.nf4_quantize(weight, blocksize)
+        quantize, quantize_absmax = _QUANTIZE[backends.choose("nf4_quantize", _RULES, weight, backend=backend)]
+        packed, absmax = quantize(weight, blocksize)
         common = dict(packed=packed, shape=tuple(weight.shape), blocksize=blocksize, dtype=weight.dtype)
         if not double_quant:
             return cls(absmax=absmax, **common)
-        codes, scale, offset = formula.quantize_absmax(absmax)
-        code = formula.absmax_code(weight.device)
+        # The mean is torch's in every backend: its order of summation is part of the stored bits.
+        offset, code = absmax.mean(), formula.absmax_code(weight.device)
+        codes, scale = quantize_absmax(absmax, offset, code)
         return cls(absmax=codes, absmax_code=code, absmax_scale=scale, absmax_offset=offset, **common)
 
     def absmax_float(self) -> Tensor:
@@ -140,7 +144,7 @@ class NF4Weight:
         """[N, K] in `dtype` (default: `self.dtype`), formed in float32 and rounded once; all backends are bit-equal."""
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; it must be floating point")
-        name = backends.choose("nf4_dequantize", _DEQUANTIZE_RULES, self.packed, backend=backend)
+        name = backends.choose("nf4_dequantize", _RULES, self.packed, backend=backend)
         return _DEQUANTIZE[name](self, dtype or self.dtype)
 
     def to(self, device: torch.device | str) -> NF4Weight:
@@ -172,14 +176,67 @@ def _dequantize_eager(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return formula.nf4_dequantize(weight, dtype)
 
 
+def _dequantize_triton(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    from fastpeft.triton_kernels import nf4 as kernels
+
+    if dtype not in _FLOATS:
+        return _dequantize_triton(weight, torch.float32).to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    nested = (weight.absmax_code, weight.absmax_scale, weight.absmax_offset)
+    kernels.nf4_dequantize(weight.packed, weight.absmax, *nested, weight.blocksize, out)
+    return out
+
+
 def _dequantize_cuda(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     if dtype not in _FLOATS:
-        return weight.dequantize(torch.float32, backend="cuda").to(dtype)
+        return _dequantize_cuda(weight, torch.float32).to(dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    with torch.cuda.device(weight.device):
-        stream = torch.cuda.current_stream().cuda_stream
+    with _native.stream_on(weight.device) as stream:
         _native.cuda.nf4_dequantize(native_storage(weight), out.data_ptr(), native_dtype(dtype), out.numel(), stream)
     return out
+
+
+def _empty_codes(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    packed = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8, device=weight.device)
+    return packed, torch.empty(-(-weight.numel() // blocksize), dtype=torch.float32, device=weight.device)
+
+
+def _empty_absmax(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    scale = absmax.new_empty(-(-absmax.numel() // formula.ABSMAX_BLOCKSIZE))
+    return torch.empty_like(absmax, dtype=torch.uint8), scale
+
+
+def _quantize_triton(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    from fastpeft.triton_kernels import nf4 as kernels
+
+    packed, absmax = _empty_codes(weight, blocksize)
+    kernels.nf4_quantize(weight.contiguous(), blocksize, packed, absmax)
+    return packed, absmax
+
+
+def _quantize_absmax_triton(absmax: Tensor, offset: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    from fastpeft.triton_kernels import nf4 as kernels
+
+    codes, scale = _empty_absmax(absmax)
+    kernels.nf4_quantize_absmax(absmax, offset, code, codes, scale)
+    return codes, scale
+
+
+def _quantize_cuda(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    weight = weight.contiguous()
+    packed, absmax = _empty_codes(weight, blocksize)
+    source = (weight.data_ptr(), native_dtype(weight.dtype))
+    with _native.stream_on(weight.device) as stream:
+        _native.cuda.nf4_quantize(*source, packed.data_ptr(), absmax.data_ptr(), weight.numel(), blocksize, stream)
+    return packed, absmax
+
+
+def _quantize_absmax_cuda(absmax: Tensor, offset: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = _empty_absmax(absmax)
+    addresses = (tensor.data_ptr() for tensor in (absmax, offset, code, codes, scale))
+    with _native.stream_on(absmax.device) as stream:
+        _native.cuda.nf4_quantize_absmax(*addresses, absmax.numel(), stream)
+    return codes, scale
 
 
 def native_storage(weight: NF4Weight):
@@ -196,13 +253,21 @@ def native_dtype(dtype: torch.dtype):
     return getattr(_native.cuda.DType, names[dtype])
 
 
-_DEQUANTIZE_RULES = {
+_RULES = {
     "cuda": backends.needs_cuda_module,
+    "triton": backends.needs_triton,
     "eager": backends.always,
     "reference": backends.always,
 }
 _DEQUANTIZE = {
     "cuda": _dequantize_cuda,
+    "triton": _dequantize_triton,
     "eager": _dequantize_eager,
     "reference": formula.nf4_dequantize,
+}
+_QUANTIZE = {
+    "cuda": (_quantize_cuda, _quantize_absmax_cuda),
+    "triton": (_quantize_triton, _quantize_absmax_triton),
+    "eager": (formula.nf4_quantize, formula.quantize_absmax),
+    "reference": (formula.nf4_quantize, formula.quantize_absmax),
 }

@@ -60,8 +60,7 @@ def absmax_code(device: torch.device) -> Tensor:
     return torch.tensor(_absmax_code(), dtype=torch.float32, device=device)
 
 
-def _nearest_absmax_code(normalized: Tensor) -> Tensor:
-    code = absmax_code(normalized.device)
+def _nearest_absmax_code(normalized: Tensor, code: Tensor) -> Tensor:
     steps = torch.arange(_CODE_TABLE_STEPS + 1, dtype=torch.float32, device=normalized.device)
     table = torch.bucketize(steps * (2 / _CODE_TABLE_STEPS) - 1, (code[1:] + code[:-1]) / 2)
     step = torch.floor((normalized + 1) * (0.5 * _CODE_TABLE_STEPS) + 0.5)
@@ -70,14 +69,16 @@ def _nearest_absmax_code(normalized: Tensor) -> Tensor:
     return torch.where(normalized.isnan(), 0, index).to(torch.uint8)
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax: [blocks] float32. Returns (uint8 codes [blocks], fp32 scales [ceil(blocks / 256)], 0-d fp32 mean)."""
-    offset = absmax.mean()
+def quantize_absmax(absmax: Tensor, offset: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """absmax: [blocks] float32, offset: their mean, code: `absmax_code`.
+
+    Returns (uint8 codes [blocks], float32 scales [ceil(blocks / 256)]).
+    """
     padding = -absmax.numel() % ABSMAX_BLOCKSIZE
     groups = torch.nn.functional.pad(absmax - offset, (0, padding)).view(-1, ABSMAX_BLOCKSIZE)
     scale = groups.abs().nan_to_num(0.0, posinf=float("inf")).amax(1)
     normalized = (groups * (1 / scale).unsqueeze(1)).reshape(-1)[: absmax.numel()]
-    return _nearest_absmax_code(normalized), scale, offset
+    return _nearest_absmax_code(normalized, code), scale
 
 
 def dequantize_absmax(codes: Tensor, code: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -111,3 +112,15 @@ def nf4_dequantize(weight, dtype: torch.dtype) -> Tensor:
     index = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: rows * columns]
     absmax = weight.absmax_float().repeat_interleave(weight.blocksize)[: rows * columns]
     return (nf4_values(packed.device)[index.int()] * absmax).to(dtype).view(rows, columns)
+
+
+def nf4_merge(weight, A, B, scaling, gain=None, dtype=None) -> Tensor:
+    """`gain * (W + scaling * B A)` -> [N, K] in `dtype`; arguments as in `fastpeft.ops.nf4_merge`.
+
+    Everything is computed in float32, or in A's dtype where that is wider, and rounded once.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    merged = nf4_dequantize(weight, wide) + scaling * (B.to(wide) @ A.to(wide))
+    if gain is not None:
+        merged = gain.to(wide).unsqueeze(1) * merged
+    return merged.to(dtype or weight.dtype)

@@ -3,9 +3,18 @@ import zlib
 
 # Before any import of transformers or bitsandbytes: tests must not wait for a hub that they do not need.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# cuBLAS asks for it where torch.use_deterministic_algorithms is on (backends.py).
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 import pytest
 import torch
+
+# Before any import of a Triton kernel: without a GPU, Triton's interpreter runs them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.backends import backend  # noqa: F401
+from tests.executed import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 
 # pytest-xdist runs a process a core: threads of their own on top only take turns.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,5 +1,5 @@
-"""The native module, as far as a machine without a GPU can tell: it compiles for every architecture without spilling
-registers to memory, imports without a driver, and fails there with an error, not a crash."""
+"""The native module, as far as a machine without a GPU can tell: it builds, imports without a driver, and fails there
+with an error, not a crash. What its machine code must be like stands in test_machine_code.py."""
 
 import os
 import re
@@ -12,37 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
-ARCHS = SETUP["DEFAULT_ARCHS"].split(";")
-KERNELS = sorted((ROOT / "csrc").glob("*.cu"))
 
 needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed (PATH, CUDA_HOME)")
-
-# Kernels that may spill: (file, a part of the kernel's mangled name, architecture) -> why.
-SPILLS_EXPLAINED: dict[tuple[str, str, str], str] = {}
-
-
-def explained(file: str, kernel: str, arch: str) -> bool:
-    return any((file, arch) == (f, a) and part in kernel for f, part, a in SPILLS_EXPLAINED)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
-def test_no_kernel_spills_on_any_architecture(source, tmp_path):
-    command = [SETUP["find_nvcc"](), *SETUP["NVCC_FLAGS"], *SETUP["gencode_flags"](ARCHS), "-Xptxas=-v"]
-    run = subprocess.run([*command, "-c", source, "-o", tmp_path / "kernel.o"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = re.findall(
-        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
-        run.stderr,
-        flags=re.DOTALL,
-    )
-    assert {arch for _, arch, _, _ in found} == set(ARCHS), "ptxas did not report on every architecture"
-    spills = [
-        f"{kernel} on sm_{arch}: {stores} bytes stored, {loads} loaded"
-        for kernel, arch, stores, loads in found
-        if (stores, loads) != ("0", "0") and not explained(source.name, kernel, arch)
-    ]
-    assert not spills, "\n".join(spills)
 
 
 @pytest.fixture(scope="module")

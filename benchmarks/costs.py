@@ -1,0 +1,84 @@
+"""What each op must move and compute, whatever the kernel: bytes and operations as functions of its shapes.
+
+A byte is counted once, as if every cache were large enough: these are floors, and measured times are compared with
+them. Operations are those of the formula, a multiply-add being two; look-ups, conversions and addresses are not
+counted. Letters as everywhere: N out features, K in features, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ABSMAX_BLOCKSIZE = 256  # absmax values that share one second-level scale
+_FLOAT = 4
+_ABSMAX_CODE = 256 * _FLOAT
+_ABSMAX_OFFSET = _FLOAT
+
+
+@dataclass(frozen=True)
+class Cost:
+    read_bytes: int
+    written_bytes: int
+    cuda_core_ops: int
+    tensor_core_ops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.read_bytes + self.written_bytes
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def nf4_storage_bytes(numel: int, blocksize: int = 64, nested: bool = True) -> int:
+    """Two codes a byte; a float32 absmax per block, or nested one byte, and a float32 scale per 256 blocks."""
+    blocks = _ceil_div(numel, blocksize)
+    codes = _ceil_div(numel, 2)
+    if not nested:
+        return codes + blocks * _FLOAT
+    return codes + blocks + _ceil_div(blocks, ABSMAX_BLOCKSIZE) * _FLOAT + _ABSMAX_CODE + _ABSMAX_OFFSET
+
+
+def nf4_dequantize(numel: int, itemsize: int, blocksize: int = 64, nested: bool = True) -> Cost:
+    """value * absmax: one multiply an element; nested, a multiply and an add a block."""
+    blocks = _ceil_div(numel, blocksize)
+    return Cost(
+        read_bytes=nf4_storage_bytes(numel, blocksize, nested),
+        written_bytes=numel * itemsize,
+        cuda_core_ops=numel + (2 * blocks if nested else 0),
+    )
+
+
+def nf4_quantize(numel: int, itemsize: int, blocksize: int = 64) -> Cost:
+    """An element: one maximum, one multiply, four comparisons (a search among 15 thresholds); a block: one division."""
+    return Cost(
+        read_bytes=numel * itemsize,
+        written_bytes=nf4_storage_bytes(numel, blocksize, nested=False),
+        cuda_core_ops=6 * numel + _ceil_div(numel, blocksize),
+    )
+
+
+def nf4_quantize_absmax(blocks: int) -> Cost:
+    """An absmax: a subtraction, a maximum, a multiply, a multiply-add and a rounding to a step of the table, and eight
+    comparisons (a search among 255 thresholds); 256 of them: one division."""
+    groups = _ceil_div(blocks, ABSMAX_BLOCKSIZE)
+    return Cost(
+        read_bytes=blocks * _FLOAT + _ABSMAX_CODE + _ABSMAX_OFFSET,
+        written_bytes=blocks + groups * _FLOAT,
+        cuda_core_ops=14 * blocks + groups,
+    )
+
+
+def nf4_merge(
+    N: int, K: int, R: int, itemsize: int, blocksize: int = 64, nested: bool = True, gain: bool = False
+) -> Cost:
+    """gain * (W + scaling * B A): the product on tensor cores, dequantization, scaling, sum and gain elsewhere."""
+    dequantize = nf4_dequantize(N * K, itemsize, blocksize, nested)
+    update = 2 * N * K if R else 0
+    return Cost(
+        read_bytes=dequantize.read_bytes + R * (N + K) * itemsize + (N * _FLOAT if gain else 0),
+        written_bytes=dequantize.written_bytes,
+        cuda_core_ops=dequantize.cuda_core_ops + update + (N * K if gain else 0),
+        tensor_core_ops=2 * N * K * R,
+    )

@@ -1,0 +1,166 @@
+"""What dispatch can launch: every configuration of every Triton op once, and the dynamic shared memory of CUDA kernels.
+
+    python -m benchmarks.launches nf4 90a FOLDER [CASE ...]      compiles the launches of triton_kernels/nf4.py
+
+That is a process in which a launch compiles and runs nothing; machine_code.py starts it and reads FOLDER. The tensors
+are on "meta": they have a shape, a dtype and an alignment, but no memory, so that the largest sizes cost nothing.
+
+A new op: a generator that takes the module triton_kernels/<op>.py and yields (case, launch), and its line in TRITON.
+What Triton specializes on, a case must vary: dtypes, None or a tensor, constants, pointers aligned to 16 bytes or not,
+and integers that are 1, a multiple of 16, larger than 32 bits, or neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_SIZES = (1, 4095, 4096, 2**31 + 15, 2**31 + 32)
+_GROUP = 256  # absmax values that share a second-level scale
+
+Launches = Iterator[tuple[str, Callable[[], None]]]
+
+
+def _tensor(numel: int, dtype: torch.dtype, aligned: bool) -> Tensor:
+    """Aligned as what torch allocates is; else like a view that begins at its second element."""
+    return torch.empty(numel + 1, dtype=dtype, device="meta")[0 if aligned else 1 :][:numel]
+
+
+def _case(**configuration) -> str:
+    return " ".join(f"{name}={value}" for name, value in configuration.items())
+
+
+def _nf4(kernels) -> Launches:
+    # In full, sizes, alignment and block sizes would be 40 versions of each kernel, dtype and kind of absmax. Sizes and
+    # alignment decide how wide accesses are, block sizes how values are shared: each is varied with the other at rest.
+    shapes = [(blocksize, 4096, True) for blocksize in _BLOCKSIZES]
+    shapes += [(64, numel, True) for numel in _SIZES if numel != 4096] + [(64, 4095, False), (64, 4096, False)]
+    for (name, dtype), (blocksize, numel, aligned) in product(_DTYPES.items(), shapes):
+        packed, out = _tensor(-(-numel // 2), torch.uint8, aligned), _tensor(numel, dtype, aligned)
+        case = _case(dtype=name, blocksize=blocksize, numel=numel, aligned=aligned)
+        blocks = -(-numel // blocksize)
+        absmax, codes = _tensor(blocks, torch.float32, aligned), _tensor(blocks, torch.uint8, aligned)
+        sizes = {"absmax_code": _GROUP, "absmax_scale": -(-blocks // _GROUP), "absmax_offset": 1}
+        nested = [_tensor(size, torch.float32, aligned) for size in sizes.values()]
+        dequantize = kernels.nf4_dequantize
+        yield f"nf4_dequantize {case}", partial(dequantize, packed, absmax, None, None, None, blocksize, out)
+        yield f"nf4_dequantize nested {case}", partial(dequantize, packed, codes, *nested, blocksize, out)
+
+    shapes += [(blocksize, 4095, True) for blocksize in _BLOCKSIZES if blocksize != 64]  # the last block is short
+    for (name, dtype), (blocksize, numel, aligned) in product(_DTYPES.items(), shapes):
+        weight, packed = _tensor(numel, dtype, aligned), _tensor(-(-numel // 2), torch.uint8, aligned)
+        absmax = _tensor(-(-numel // blocksize), torch.float32, aligned)
+        case = _case(dtype=name, blocksize=blocksize, numel=numel, aligned=aligned)
+        yield f"nf4_quantize {case}", partial(kernels.nf4_quantize, weight, blocksize, packed, absmax)
+
+    for blocks, aligned in product(_SIZES, (True, False)):
+        absmax, codes = _tensor(blocks, torch.float32, aligned), _tensor(blocks, torch.uint8, aligned)
+        offset, code, scale = (_tensor(n, torch.float32, aligned) for n in (1, _GROUP, -(-blocks // _GROUP)))
+        yield (
+            f"nf4_quantize_absmax {_case(blocks=blocks, aligned=aligned)}",
+            partial(kernels.nf4_quantize_absmax, absmax, offset, code, codes, scale),
+        )
+
+
+TRITON: dict[str, Callable[..., Launches]] = {"nf4": _nf4}
+
+# CUDA kernel -> bytes of dynamic shared memory that its launcher asks for, which the machine code does not say.
+CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {}
+
+
+def _compile_instead_of_launching(arch: str) -> list[tuple]:
+    """From here on a Triton launch of this process compiles for sm_`arch` and runs nothing.
+
+    The kernel is appended to the list that is returned, with what ptxas said. Triton does all of it: it specializes on
+    the arguments and finds what it has compiled already; it only has to be told of a GPU that is not there. Written
+    for Triton 3.6 to 3.9, whose inner names these are.
+    """
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime.driver import driver
+        from triton.runtime.jit import JITFunction
+
+        set_active, run = driver.set_active, JITFunction.run
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"benchmarks/launches.py does not know Triton {version('triton')}: {error}") from error
+
+    class AbsentGpu:
+        def get_current_target(self):
+            return GPUTarget("cuda", int(arch.rstrip("a")), 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    compiled = []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((kernel, log.getvalue()))
+        return kernel
+
+    set_active(AbsentGpu())
+    JITFunction.run = compile_only
+    return compiled
+
+
+def _triton_name(kernel) -> str:
+    """The kernel and what it is specialized on: types (D: known to be divisible by 16), constants, warps."""
+    names = list(kernel.src.signature)
+    divisible = {path for path, attributes in kernel.src.attrs.items() if ["tt.divisibility", 16] in attributes}
+    arguments = []
+    for position, (name, type_) in enumerate(kernel.src.signature.items()):
+        if type_ != "constexpr":
+            arguments.append(f"{name}: {type_}{'D' if (position,) in divisible else ''}")
+    arguments += [f"{names[path[0]]}={value}" for path, value in kernel.src.constants.items()]
+    return f"{kernel.name}[{', '.join(arguments)}, warps={kernel.metadata.num_warps}]"
+
+
+def _compile_triton(op: str, arch: str, folder: Path, cases: list[str]) -> None:
+    compiled = _compile_instead_of_launching(arch)
+    kept = {}
+    every = dict(TRITON[op](importlib.import_module(f"fastpeft.triton_kernels.{op}")))
+    for case in cases or every:
+        launch = every[case]
+        compiled.clear()
+        launch()
+        if not compiled:
+            raise RuntimeError(f"{case} launches nothing")
+        for kernel, log in compiled:
+            if kernel.hash not in kept:
+                if "registers" not in log:
+                    raise RuntimeError(
+                        f"Triton {version('triton')} does not pass on what ptxas says: no spills are known"
+                    )
+                binary = f"{kernel.name}-{kernel.hash[:16]}.cubin"
+                (folder / binary).write_bytes(kernel.asm["cubin"])
+                kept[kernel.hash] = {
+                    "name": _triton_name(kernel),
+                    "threads": 32 * kernel.metadata.num_warps,
+                    "shared_bytes": kernel.metadata.shared,
+                    "binary": binary,
+                    "log": log,
+                    "cases": [],
+                }
+            kept[kernel.hash]["cases"].append(case)
+    (folder / "kernels.json").write_text(json.dumps(list(kept.values())))
+
+
+if __name__ == "__main__":
+    _compile_triton(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

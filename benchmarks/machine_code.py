@@ -1,0 +1,280 @@
+"""The machine code of every kernel for every architecture, compiled without a GPU and kept in build/machine_code.
+
+    cuda_kernels(ROOT / "csrc/nf4_merge.cu")   each instance that nvcc compiles, for CUDA_ARCHS
+    triton_kernels("nf4", "90a")               each specialization that the launches of launches.py ask for
+
+Both return `Kernel`s. What the compilers wrote is kept under a name that contains the hash of all that went in, so a
+change is seen and nothing else is compiled twice; several processes may ask at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cache, partial
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+from benchmarks import launches
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "build" / "machine_code"
+SETUP = runpy.run_path(str(ROOT / "setup.py"))  # the flags that users compile with
+
+CUDA_ARCHS = tuple(SETUP["DEFAULT_ARCHS"].split(";"))
+# One of each kind of matrix instruction: mma.sync, wgmma, tcgen05, and mma.sync again on the consumer Blackwell.
+TRITON_ARCHS = ("80", "90a", "100a", "120a")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as compiled for one architecture. Registers and stack are a thread's, shared memory is a CTA's."""
+
+    language: str  # cuda | triton
+    file: str
+    name: str  # nf4_dequantize_kernel<__nv_bfloat16, true>, or a Triton kernel and what it was specialized on
+    arch: str
+    threads: int  # of a CTA; CUDA: by __launch_bounds__
+    registers: int
+    shared_bytes: int  # static and dynamic
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    cases: tuple[str, ...]  # Triton: the cases of launches.py that run it
+    symbol: str
+    binary: Path
+
+    @property
+    def function(self) -> str:
+        """The name of the function in the source."""
+        return re.match(r"\w+", self.name)[0]
+
+    def sass(self) -> str:
+        """The disassembly, one instruction a line."""
+        return _disassembly(self.binary, self.arch)[self.symbol]
+
+
+def cuda_files() -> list[Path]:
+    return sorted((ROOT / "csrc").glob("*.cu"))
+
+
+def cuda_kernels(source: Path, archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kernel]:
+    """Every kernel instance of `source` for each of `archs`, by one run of nvcc with the flags of setup.py.
+
+    Raises RuntimeError without nvcc, when a file does not compile, and for a kernel that says nothing of its threads or
+    its dynamic shared memory.
+    """
+    nvcc = SETUP["find_nvcc"]()
+    if nvcc is None:
+        raise RuntimeError("nvcc is not installed: put it on PATH or set CUDA_HOME to a CUDA toolkit")
+    command = [nvcc, *SETUP["NVCC_FLAGS"], *SETUP["gencode_flags"](list(archs)), "-Xptxas=-v", "-fatbin", str(source)]
+
+    def compile_into(folder: Path) -> None:
+        run = subprocess.run([*command, "-o", str(folder / "module.fatbin")], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"nvcc could not compile {source.name}:\n{run.stderr}")
+        (folder / "ptxas.log").write_text(run.stderr)
+
+    headers = sorted([*source.parent.glob("*.cuh"), *source.parent.glob("*.h")])
+    toolkit = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    folder = _kept(source.stem, [source, *headers], [*command[:-1], toolkit], compile_into)
+
+    binary = folder / "module.fatbin"
+    usages = _parse_ptxas((folder / "ptxas.log").read_text())
+    names = _demangled([usage["symbol"] for usage in usages])
+    entries = _ptx_entries(binary)
+    kernels = []
+    for usage in usages:
+        name = names[usage["symbol"]]
+        threads, dynamic = entries[usage["symbol"]]
+        if threads is None:
+            raise RuntimeError(f"{source.name}: {name} needs __launch_bounds__: they limit its registers")
+        if dynamic:
+            usage["shared_bytes"] += _dynamic_shared_bytes(name)
+        kernels.append(
+            Kernel(language="cuda", file=source.name, name=name, threads=threads, binary=binary, cases=(), **usage)
+        )
+    return kernels
+
+
+def triton_kernels(op: str, arch: str, cases: tuple[str, ...] = ()) -> list[Kernel]:
+    """Every specialization of the kernels of triton_kernels/<op>.py that the launches of launches.py ask for.
+
+    cases: only these. A process of its own compiles them, since this one may run Triton's interpreter. Raises
+    RuntimeError when it fails, and for a case that there is not.
+    """
+
+    def compile_into(folder: Path) -> None:
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_ALWAYS_COMPILE": "1",  # what comes out of Triton's own cache has no log of ptxas
+            "TRITON_DUMP_PTXAS_LOG": "1",
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, "-m", "benchmarks.launches", op, arch, str(folder), *cases]
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"the Triton kernels of {op} do not compile for sm_{arch}:\n{run.stdout}{run.stderr}")
+        shutil.rmtree(folder / "triton")
+
+    sources = [*(ROOT / "triton_kernels").glob("*.py"), Path(launches.__file__)]
+    folder = _kept(f"{op}-triton-{arch}", sources, [version("triton"), version("torch"), *cases], compile_into)
+    kernels = []
+    for kept in json.loads((folder / "kernels.json").read_text()):
+        (usage,) = _parse_ptxas(kept["log"])
+        usage["shared_bytes"] += kept["shared_bytes"]
+        usage["arch"] = arch
+        kernels.append(
+            Kernel(
+                language="triton",
+                file=f"{op}.py",
+                name=kept["name"],
+                threads=kept["threads"],
+                cases=tuple(kept["cases"]),
+                binary=folder / kept["binary"],
+                **usage,
+            )
+        )
+    return kernels
+
+
+def write_csv(kernels: list[Kernel], path: Path) -> None:
+    columns = [f.name for f in fields(Kernel) if f.name not in ("cases", "symbol", "binary")]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([getattr(kernel, column) for column in columns] for kernel in kernels)
+
+
+def _dynamic_shared_bytes(kernel: str) -> int:
+    function = re.match(r"\w+", kernel)[0]
+    if function not in launches.CUDA_DYNAMIC_SHARED_BYTES:
+        raise RuntimeError(
+            f"{kernel} uses dynamic shared memory: write into benchmarks/launches.py how much it asks for"
+        )
+    return launches.CUDA_DYNAMIC_SHARED_BYTES[function]
+
+
+def compile_all(archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kernel]:
+    """Every CUDA kernel for `archs`, and every Triton kernel for those of them that are in TRITON_ARCHS; the CUDA
+    kernels only where nvcc is. As many compilers run at a time as there are cores."""
+    jobs = [partial(triton_kernels, op, arch) for op in launches.TRITON for arch in archs if arch in TRITON_ARCHS]
+    if SETUP["find_nvcc"]():
+        jobs += [partial(cuda_kernels, source, archs) for source in cuda_files()]
+    return in_parallel(jobs)
+
+
+def in_parallel(jobs: list[Callable[[], list[Kernel]]]) -> list[Kernel]:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return [kernel for kernels in pool.map(lambda job: job(), jobs) for kernel in kernels]
+
+
+def _kept(stem: str, files: list[Path], options: list[str], fill: Callable[[Path], None]) -> Path:
+    """A folder of KEPT that `fill` has filled from `files` and `options`, now or in an earlier process."""
+    digest = hashlib.sha256("\0".join(options).encode())
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    folder = KEPT / f"{stem}-{digest.hexdigest()[:16]}"
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits and finds the work done
+        if not folder.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=KEPT))
+            try:
+                fill(unfinished)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _parse_ptxas(log: str) -> list[dict]:
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        log,
+        flags=re.DOTALL,
+    )
+    usages = []
+    for symbol, arch, stack, stores, loads, registers, rest in found:
+        shared = re.search(r"(\d+) bytes smem", rest)
+        usages.append(
+            {
+                "symbol": symbol,
+                "arch": arch,
+                "registers": int(registers),
+                "shared_bytes": int(shared[1]) if shared else 0,
+                "stack_bytes": int(stack),
+                "spill_store_bytes": int(stores),
+                "spill_load_bytes": int(loads),
+            }
+        )
+    return usages
+
+
+def _demangled(symbols: list[str]) -> dict[str, str]:
+    """Symbol -> the kernel's name with its template arguments, without namespaces and parameters."""
+    run = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
+    plain = run.stdout.replace("(anonymous namespace)::", "").replace("fastpeft::", "")
+    return {
+        symbol: re.search(r"(\w+_kernel(?:<.*?>)?)\(", line)[1]
+        for symbol, line in zip(symbols, plain.splitlines(), strict=True)
+    }
+
+
+def _ptx_entries(fatbin: Path) -> dict[str, tuple[int | None, bool]]:
+    """Symbol -> (threads of a CTA by __launch_bounds__, whether its dynamic shared memory is used), from the PTX."""
+    ptx = _cuobjdump(["-ptx", str(fatbin)], ".entry")
+    dynamic = re.findall(r"\.extern \.shared .*? (\w+)\[\]", ptx)
+    entries = {}
+    for entry in re.split(r"\.entry\s+", ptx)[1:]:
+        bounds = re.search(r"\.maxntid ([\d, ]+)", entry)
+        threads = prod(int(n) for n in bounds[1].split(",")) if bounds else None
+        entries[re.match(r"\w+", entry)[0]] = threads, any(re.search(rf"\b{name}\b", entry) for name in dynamic)
+    return entries
+
+
+@cache
+def _disassembly(binary: Path, arch: str) -> dict[str, str]:
+    """Symbol -> its lines, kept beside the binary: cuobjdump takes half a second a module."""
+    kept = binary.with_suffix(f".{arch}.sass")
+    if not kept.exists():
+        only = ["-arch", f"sm_{arch}"] if binary.suffix == ".fatbin" else []
+        text = re.sub(r"[ \t]*/\* 0x[0-9a-f]{16} \*/", "", _cuobjdump(["-sass", *only, str(binary)], "Function :"))
+        with tempfile.NamedTemporaryFile("w", dir=binary.parent, delete=False) as unfinished:
+            unfinished.write(text)  # without the encoding
+        os.replace(unfinished.name, kept)
+    symbol_and_code = re.split(r"Function : (\S+)", kept.read_text())[1:]
+    return dict(zip(symbol_and_code[::2], symbol_and_code[1::2], strict=True))
+
+
+def _cuobjdump(arguments: list[str], expected: str) -> str:
+    """What cuobjdump prints: the toolkit's, or the one that Triton brings, for either may be too old for the other."""
+    home, triton = os.environ.get("CUDA_HOME"), importlib.util.find_spec("triton")
+    folders = [os.path.join(home, "bin") if home else None]
+    if triton:
+        folders.append(os.path.join(os.path.dirname(triton.origin), "backends", "nvidia", "bin"))
+    said = "a CUDA toolkit has cuobjdump, and so has Triton on Linux; none was found"
+    for folder in folders:
+        if tool := shutil.which("cuobjdump", path=folder):
+            run = subprocess.run([tool, *arguments], capture_output=True, text=True)
+            if run.returncode == 0 and expected in run.stdout:
+                return run.stdout
+            said = run.stdout + run.stderr
+    raise RuntimeError(f"cuobjdump {' '.join(arguments)}: {said}")

@@ -1,0 +1,26 @@
+"""The tests of the ops pass in the other builds too: with the race checker, and with the sanitizers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import build
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("mode", ("race", "asan"))
+def test_ops_pass_in_mode(mode):
+    build.module(mode)
+    environment = {**os.environ, "FASTPEFT_EMULATION": mode}
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]
+    if mode == "asan":
+        environment |= build.asan_environment()
+    command = [sys.executable, "-m", "pytest", "tests/ops", "-k", "cuda-emulated", "-q", "-x", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

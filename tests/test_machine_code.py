@@ -1,0 +1,307 @@
+"""Gates on the machine code of every kernel, for every architecture, without a GPU: it compiles, does not spill, fits
+into shared memory, and holds the instructions that it was written for. All that is seen is written into
+build/machine_code/table.csv."""
+
+import csv
+import re
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton compiles half of the kernels, and its wheel has cuobjdump")
+
+from benchmarks import launches, machine_code, sass, static
+from benchmarks.machine_code import CUDA_ARCHS, ROOT, SETUP, TRITON_ARCHS
+
+needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed (PATH, CUDA_HOME)")
+each_language = pytest.mark.parametrize("language", [pytest.param("cuda", marks=needs_nvcc), "triton"])
+
+# Kernels that may spill: (file, a part of the kernel's name, architecture) -> why.
+SPILLS_EXPLAINED: dict[tuple[str, str, str], str] = {}
+
+# (kernels: a part of the name of a CUDA kernel, or of the case that runs a Triton kernel; opcodes, from the beginning)
+CUDA_INSTRUCTIONS = [
+    # Tensor cores, fed by ldmatrix, for A transposed, out of what cp.async has brought.
+    ("nf4_merge_kernel", [r"HMMA\.16816", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"LDGSTS\..*128"]),
+    ("nf4_merge_kernel<__nv_bfloat16, true, true>", [r"HMMA\.16816\.F32\.BF16", r"STG\.E\.128"]),
+    ("nf4_dequantize_kernel", [r"STG\.E\.128"]),
+    ("nf4_quantize_kernel<__nv_bfloat16, true>", [r"LDG\..*128"]),
+]
+TRITON_INSTRUCTIONS = [
+    (f"nf4_dequantize {absmax}dtype={dtype} blocksize=64 numel=4096 aligned=True", [r"STG\.E\.128"])
+    for dtype in ("bf16", "fp32")
+    for absmax in ("", "nested ")
+] + [("nf4_quantize dtype=bf16 blocksize=64 numel=4096 aligned=True", [r"LDG\.E\.128"])]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    compiled = machine_code.compile_all()
+    machine_code.write_csv(compiled, machine_code.KEPT / "table.csv")
+    return compiled
+
+
+def of(language, kernels):
+    return [kernel for kernel in kernels if kernel.language == language]
+
+
+def functions(pattern: str, folder: str, suffixes: str) -> set[str]:
+    """Names of the kernels that the sources define."""
+    files = [path for path in (ROOT / folder).iterdir() if path.suffix in suffixes.split()]
+    return {name for path in files for name in re.findall(pattern, path.read_text())}
+
+
+CUDA_FUNCTIONS = functions(r"__global__[^;{]*?\b(\w+_kernel)\s*\(", "csrc", ".cu .cuh")
+TRITON_FUNCTIONS = functions(r"(?m)^def (\w+_kernel)\(", "triton_kernels", ".py")
+
+
+def not_compiled(names, archs, kernels):
+    compiled = {(kernel.function, kernel.arch) for kernel in kernels}
+    return sorted({(name, arch) for name in names for arch in archs} - compiled)
+
+
+@each_language
+def test_every_kernel_compiles_for_every_architecture(kernels, language):
+    names, archs = {"cuda": (CUDA_FUNCTIONS, CUDA_ARCHS), "triton": (TRITON_FUNCTIONS, TRITON_ARCHS)}[language]
+    assert names
+    assert not not_compiled(names, archs, of(language, kernels)), "for Triton, is it in benchmarks/launches.py?"
+
+
+def test_a_kernel_that_nobody_launches_is_reported(kernels):
+    missing = not_compiled({"nf4_dequantize_kernel", "forgotten_kernel"}, ("80",), of("triton", kernels))
+    assert missing == [("forgotten_kernel", "80")]
+
+
+def spilling(kernels):
+    """Those with local memory at all: an array that is indexed by a variable is as slow as a spill."""
+
+    def is_explained(kernel):
+        return any(
+            kernel.file == file and part in kernel.name and kernel.arch == arch for file, part, arch in SPILLS_EXPLAINED
+        )
+
+    return [
+        f"{k.name}, sm_{k.arch}: {k.spill_store_bytes} bytes stored, {k.spill_load_bytes} loaded, stack {k.stack_bytes}"
+        for k in kernels
+        if (k.spill_store_bytes or k.spill_load_bytes or k.stack_bytes) and not is_explained(k)
+    ]
+
+
+@each_language
+def test_no_kernel_spills(kernels, language):
+    assert not spilling(of(language, kernels)), "\n".join(spilling(of(language, kernels)))
+
+
+def too_large(kernels):
+    return [
+        f"{k.name} on sm_{k.arch}: {k.shared_bytes} bytes of shared memory"
+        for k in kernels
+        if k.shared_bytes > static.MULTIPROCESSORS[k.arch].shared_bytes_of_cta
+    ]
+
+
+@each_language
+def test_shared_memory_fits(kernels, language):
+    assert not too_large(of(language, kernels)), "\n".join(too_large(of(language, kernels)))
+
+
+@pytest.mark.parametrize("arch, kb", [("80", 163), ("86", 99), ("89", 99), ("90a", 227), ("100a", 227), ("120a", 99)])
+def test_what_does_not_fit_into_shared_memory_is_reported(kernels, arch, kb):
+    kernel = replace(kernels[0], arch=arch, shared_bytes=kb * 1024)
+    assert not too_large([kernel])
+    assert too_large([replace(kernel, shared_bytes=kb * 1024 + 1)])
+
+
+def missing_instructions(kernel, patterns):
+    opcodes = {instruction.opcode for instruction in sass.instructions(kernel.sass())}
+    return [pattern for pattern in patterns if not any(re.match(pattern, opcode) for opcode in opcodes)]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name, patterns", CUDA_INSTRUCTIONS)
+def test_cuda_kernels_have_their_instructions(kernels, name, patterns):
+    chosen = [kernel for kernel in of("cuda", kernels) if name in kernel.name]
+    assert {kernel.arch for kernel in chosen} == set(CUDA_ARCHS)
+    missing = {(k.name, k.arch): absent for k in chosen if (absent := missing_instructions(k, patterns))}
+    assert not missing
+
+
+@pytest.mark.parametrize("case, patterns", TRITON_INSTRUCTIONS)
+def test_triton_kernels_have_their_instructions(kernels, case, patterns):
+    chosen = [kernel for kernel in of("triton", kernels) if case in kernel.cases]
+    assert sorted(kernel.arch for kernel in chosen) == sorted(TRITON_ARCHS)
+    missing = {(k.name, k.arch): absent for k in chosen if (absent := missing_instructions(k, patterns))}
+    assert not missing
+
+
+def test_a_kernel_without_tensor_cores_is_reported(kernels):
+    kernel = next(k for k in kernels if k.function == "nf4_dequantize_kernel" and k.arch == "80")
+    assert missing_instructions(kernel, [r"HMMA\.16816", r"EXIT"]) == [r"HMMA\.16816"]
+
+
+def test_triton_compiles_what_the_arguments_make_of_it(kernels):
+    """The launches end in the specializations that Triton would make on a GPU: by alignment, but not by each size."""
+    absmax = [k for k in of("triton", kernels) if k.function == "nf4_quantize_absmax_kernel" and k.arch == "90a"]
+    by_case = {case: kernel for kernel in absmax for case in kernel.cases}
+    aligned, view = (
+        by_case["nf4_quantize_absmax blocks=4096 aligned=True"],
+        by_case["nf4_quantize_absmax blocks=4096 aligned=False"],
+    )
+    assert "absmax: *fp32D," in aligned.name and "absmax: *fp32," in view.name
+    assert aligned is by_case["nf4_quantize_absmax blocks=4095 aligned=True"]  # `blocks` is not specialized on
+    assert aligned is not by_case[f"nf4_quantize_absmax blocks={2**31 + 32} aligned=True"]  # but its type is
+
+
+def test_the_table_has_every_kernel(kernels):
+    with (machine_code.KEPT / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(kernels) == len({(row["language"], row["name"], row["arch"]) for row in rows})
+    assert {"registers", "shared_bytes", "spill_store_bytes"} < set(rows[0])
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", TRITON_ARCHS)
+def test_the_static_report_finds_its_kernels(kernels, arch):
+    for subject in static.SUBJECTS:
+        found = static.kernels_of(subject, [kernel for kernel in kernels if kernel.arch == arch])
+        assert sorted(kernel.language for kernel in found) == ["cuda", "triton"][: 2 if subject.triton else 1]
+        for kernel in found:
+            row = static.kernel_row(subject, kernel)
+            assert 0 < row["modelled_occupancy"] <= 1
+            assert 1 < row["modelled_instructions_per_element"] < 500
+
+
+@needs_nvcc
+def test_the_hot_path_of_a_merge_multiplies(kernels):
+    (subject,) = [subject for subject in static.SUBJECTS if subject.title.startswith("nf4_merge")]
+    for kernel in static.kernels_of(subject, kernels):
+        path = [i.opcode for i in sass.hot_path(kernel.sass(), subject.trips, subject.cold)]
+        # A warp has 32 x 64 of out: 2 x 8 products of 16 x 8, in four steps of 16 ranks. A thread stores 64 elements.
+        assert sum(opcode.startswith("HMMA") for opcode in path) == 2 * 8 * 4
+        assert sum(opcode.startswith("STG.E.128") for opcode in path) == 64 * 2 // 16
+
+
+def test_the_static_report_without_nvcc(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(SETUP, "find_nvcc", lambda: None)
+    assert static.main(["--op", "nf4_dequantize", "--csv", str(tmp_path / "report.csv")]) == 0
+    out, err = capsys.readouterr()
+    assert "nvcc is not installed" in err
+    assert "modelled, nothing measured" in out
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["language"], row["layer"]) for row in rows] == [("triton", layer) for layer in static.SHAPES]
+    assert float(rows[0]["modelled_memory_floor_us"]) == pytest.approx(14.07, abs=0.01)
+
+
+def test_the_static_report_of_a_cuda_kernel_without_nvcc(monkeypatch, capsys):
+    monkeypatch.setitem(SETUP, "find_nvcc", lambda: None)
+    assert static.main(["--op", "nf4_merge"]) == 1
+    assert "nf4_merge is CUDA only" in capsys.readouterr().err
+
+
+def test_the_static_report_refuses_an_unknown_kernel(capsys):
+    with pytest.raises(SystemExit):
+        static.main(["--op", "nf5"])
+    assert "no kernel begins with 'nf5'" in capsys.readouterr().err
+
+
+# What compiles, on files of its own.
+
+
+@pytest.fixture
+def compile_source(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_code, "KEPT", tmp_path / "kept")
+
+    def compile_text(text):
+        (tmp_path / "source.cu").write_text(text)
+        return machine_code.cuda_kernels(tmp_path / "source.cu", ("80",))
+
+    return compile_text
+
+
+@needs_nvcc
+def test_a_spill_is_reported(compile_source):
+    # 64 accumulators do not fit into the 32 registers that two CTAs of 1024 threads leave to a thread.
+    (kernel,) = compile_source("""
+        __global__ void __launch_bounds__(1024, 2) greedy_kernel(float* x, int n) {
+          float sum[64];
+          for (int i = 0; i < 64; ++i) sum[i] = x[i * 1024 + threadIdx.x];
+          for (int j = 0; j < n; ++j)
+            for (int i = 0; i < 64; ++i) sum[i] = sum[i] * sum[(i + 1) % 64] + x[j];
+          for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = sum[i];
+        }""")
+    assert (kernel.name, kernel.threads, kernel.registers) == ("greedy_kernel", 1024, 32)
+    assert kernel.spill_store_bytes > 0 and kernel.spill_load_bytes > 0
+    assert spilling([kernel])
+
+
+COPY = """
+    namespace fastpeft { namespace {
+    struct Pair { float* a; };
+    template <class T, int N> __global__ void BOUNDS copy_kernel(Pair x, T* y) {
+      SHARED
+      s[threadIdx.x] = x.a[threadIdx.x];
+      __syncthreads();
+      y[threadIdx.x] = s[N - threadIdx.x];
+    } }
+    void* instances[] = {(void*)copy_kernel<float, 7>, (void*)copy_kernel<int, 8>};
+    }"""
+BOUNDED = COPY.replace("BOUNDS", "__launch_bounds__(64)")
+DYNAMIC = BOUNDED.replace("SHARED", "extern __shared__ float s[];")
+
+
+@needs_nvcc
+def test_names_and_static_shared_memory(compile_source):
+    found = compile_source(BOUNDED.replace("SHARED", "__shared__ float s[64];"))
+    seen = {(k.name, k.function, k.threads, k.shared_bytes, k.arch) for k in found}
+    names = ("copy_kernel<float, 7>", "copy_kernel<int, 8>")
+    assert seen == {(name, "copy_kernel", 64, 256, "80") for name in names}
+
+
+@needs_nvcc
+def test_dynamic_shared_memory_has_to_be_said(compile_source, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"copy_kernel<\w+, \d> uses dynamic shared memory"):
+        compile_source(DYNAMIC)
+    monkeypatch.setitem(launches.CUDA_DYNAMIC_SHARED_BYTES, "copy_kernel", 100 * 1024)
+    assert [kernel.shared_bytes for kernel in compile_source(DYNAMIC)] == [100 * 1024] * 2
+
+
+@needs_nvcc
+def test_launch_bounds_are_required(compile_source):
+    with pytest.raises(RuntimeError, match="needs __launch_bounds__"):
+        compile_source(COPY.replace("BOUNDS", "").replace("SHARED", "__shared__ float s[64];"))
+
+
+@needs_nvcc
+def test_what_does_not_compile_is_an_error_and_not_kept(compile_source):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='(?s)could not compile source.cu.*identifier "oops" is undefined'):
+            compile_source("__global__ void a_kernel() { oops; }")
+
+
+def test_a_case_that_there_is_not_is_an_error(compile_source):
+    with pytest.raises(RuntimeError, match="(?s)do not compile for sm_80.*no such case"):
+        machine_code.triton_kernels("nf4", "80", ("no such case",))
+
+
+def test_two_that_want_the_same_compile_it_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine_code, "KEPT", tmp_path)
+    filled = []
+
+    def fill(folder):
+        filled.append(folder)
+        time.sleep(0.1)
+        (folder / "done").touch()
+
+    def want():
+        assert (machine_code._kept("stem", [], ["option"], fill) / "done").exists()
+
+    threads = [threading.Thread(target=want) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(filled) == 1
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1

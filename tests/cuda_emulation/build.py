@@ -164,7 +164,8 @@ def _engine_files() -> list[str]:
 
 
 def _headers_in(*folders: Path) -> list[Path]:
-    return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in HEADERS)
+    # Folder by folder: where they lie must not change the order.
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in HEADERS]
 
 
 def _hash(parts: Iterable[str]) -> str:
@@ -181,7 +182,7 @@ def _compiler() -> str:
 
 
 def _object(source: Path, headers: str, flags: list[str]) -> Path:
-    """Compiles in the folder above the source's, so that errors and debuggers say csrc/nf4_merge.cu wherever csrc lies."""
+    """Compiles in the folder above the source's, so that errors and debuggers say csrc/x.cu, wherever csrc lies."""
     folder, name = source.parent.parent, f"{source.parent.name}/{source.name}"
     flags = [flag.replace(f"-I{source.parent}", f"-I{source.parent.name}") for flag in flags]
     key = _hash([_compiler(), name, source.read_text(), headers, *flags])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -134,6 +135,7 @@ class Kernel:
         return self.labels[operand.name]
 
 
+@functools.cache
 def constant(text: str, type: Type) -> ndarray:
     """An immediate operand: `0f3F800000`, `0d...` and `1.5` are floats, all else an integer or the bits of a value."""
     if text[:2] in ("0f", "0F", "0d", "0D"):

@@ -136,6 +136,12 @@ class Module:
 
 _NAME = r"[A-Za-z_$%][\w$]*"
 _NUMBER = r"-?(?:0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|\d+\.\d+|\d+U?)"
+_STATEMENT = re.compile(
+    rf"\s*(?:(?P<label>{_NAME})\s*:(?!:)|(?P<instruction>[@A-Za-z][^;]*);|\.loc\s+(?P<loc>[^\n]*)"
+    r"|\.reg\s+\.(?P<type>\w+)\s+(?P<registers>[^;]*);|\.(?P<space>shared|local)\s+(?P<variable>[^;]*);"
+    r"|\.pragma\s+[^;]*;|(?P<open>\{)|(?P<close>\})|;)"
+)
+_INSTRUCTION = re.compile(rf"(?:@\s*(!?\s*{_NAME})\s+)?([\w.:]+)\s*(.*)")
 _VARIABLE = re.compile(
     rf"(?P<words>(?:\.\w+\s+(?:\d+\s+)?)*)\.(?P<type>\w+)\s+(?P<ptr>\.ptr\s+(?:\.\w+\s+(?:\d+\s+)?)*)?"
     rf"(?P<name>{_NAME})\s*(?P<array>\[\s*\d*\s*\])?\s*(?:=\s*(?P<initial>.+))?",
@@ -208,6 +214,7 @@ class _Parser:
         return bisect_right(self.line_starts, position)
 
     def error(self, what: str) -> PtxError:
+        self.take(r"\s*")
         shown = self.text[self.position : self.position + 80].split("\n")[0]
         return PtxError(f"PTX line {self.line(self.position)}: {what}: {shown}")
 
@@ -297,27 +304,26 @@ class _Parser:
         body = Body()
         scope, location, found = _Scope(), None, []
         while scope is not None:
-            self.take(r"\s*")
-            if self.take(r"\{"):
-                scope = _Scope(scope)
-            elif self.take(r"\}"):
-                scope = scope.parent
-            elif match := self.take(rf"({_NAME})\s*:(?!:)"):
-                unique = f"{match[1]}#{len(body.labels)}"
-                scope.labels[match[1]] = unique
-                body.labels[unique] = len(found)
-            elif match := self.take(r"\.loc\s+([^\n]*)"):
-                location = self.location(match[1])
-            elif match := self.take(r"\.reg\s+\.(\w+)\s+([^;]*);"):
-                self.registers(body, scope, match[1], match[2])
-            elif match := self.take(r"\.(shared|local)\s+([^;]*);"):
-                getattr(body, match[1]).append(self.variable(match[2]))
-            elif self.take(r"\.pragma\s+[^;]*;") or self.take(";"):
-                pass
-            elif match := self.take(r"[@A-Za-z][^;]*;"):
-                found.append((match[0].rstrip(";"), self.line(match.start()), location, scope))
-            else:
+            match = _STATEMENT.match(self.text, self.position)
+            if not match:
                 raise self.error("statement not understood")
+            self.position = match.end()
+            if text := match["instruction"]:
+                found.append((text, self.line(match.start("instruction")), location, scope))
+            elif text := match["loc"]:
+                location = self.location(text)
+            elif label := match["label"]:
+                unique = f"{label}#{len(body.labels)}"
+                scope.labels[label] = unique
+                body.labels[unique] = len(found)
+            elif match["open"]:
+                scope = _Scope(scope)
+            elif match["close"]:
+                scope = scope.parent
+            elif match["type"]:
+                self.registers(body, scope, match["type"], match["registers"])
+            elif match["space"]:
+                getattr(body, match["space"]).append(self.variable(match["variable"]))
         # Operands last: a branch may name a label that comes later.
         body.instructions = [self.instruction(*statement) for statement in found]
         return body
@@ -347,7 +353,7 @@ class _Parser:
 
     def instruction(self, text: str, ptx_line: int, location: Location | None, scope: _Scope) -> Instruction:
         text = " ".join(text.split())
-        match = re.fullmatch(rf"(?:@\s*(!?\s*{_NAME})\s+)?([\w.:]+)\s*(.*)", text)
+        match = _INSTRUCTION.fullmatch(text)
         try:
             if not match:
                 raise PtxError("statement not understood")

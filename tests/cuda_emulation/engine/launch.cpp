@@ -68,6 +68,7 @@ cudaError_t set_max_dynamic_smem(const void* kernel, int bytes) {
 
 cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, void (*thread_body)(const void*),
                    const void* arguments) {
+  if (state.current) fail(state.current->site, "a kernel launches a kernel: not emulated");
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (!can_launch(grid, block)) return cudaErrorInvalidConfiguration;

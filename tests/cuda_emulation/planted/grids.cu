@@ -52,8 +52,8 @@ __global__ void waits_for_another_block_kernel(const float* in, float* out, unsi
 template <bool Bug>
 __global__ void loop_without_an_end_kernel(const float* in, float* out, unsigned n) {
   float sum = 0;
-  for (unsigned i = threadIdx.x; i < n;) {  // named
-    sum += in[i];  // named
+  for (unsigned i = threadIdx.x; i < n;) {         // named
+    sum += in[i];                                  // named
     if (!Bug || i != 77 || threadIdx.x != 5) ++i;  // named
   }
   out[threadIdx.x] = sum;

@@ -11,6 +11,7 @@ absent; a Type where the choice is one; True or None for a literal in brackets) 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def instruction(pattern: str, **choices: tuple[str, ...]):
     return register
 
 
+@functools.cache
 def find(opcode: str) -> Bind:
     for regex, function in _table[opcode.split(".")[0]]:
         if match := regex.fullmatch(opcode):

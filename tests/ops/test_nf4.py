@@ -244,6 +244,7 @@ def test_merge_over_ranks(R, dtype, backend):
 def test_merge_over_blocksizes(blocksize, nested, backend):
     for shape in ((64, 64), (33, 72), (16, 520), (3, 4160)):
         check_merge(*merge_problem(shape, 8, torch.bfloat16, blocksize, nested), torch.bfloat16, backend)
+    check_merge(*merge_problem((33, 72), 8, torch.float16, blocksize, nested), torch.float16, backend)
 
 
 @MERGE

@@ -28,7 +28,7 @@ cuda, why_absent = _load()
 
 @contextmanager
 def stream_on(device: torch.device) -> Iterator[int]:
-    """Makes `device` the current one; gives the address of its current stream, what every native call enqueues on."""
+    """Makes `device` the current one, as every kernel launch needs; gives the address of its current stream."""
     if device.type == "cpu":  # the module is compiled for the CPU, as tests do: it computes at once
         yield 0
     else:

@@ -183,7 +183,8 @@ def _dequantize_triton(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
         return _dequantize_triton(weight, torch.float32).to(dtype)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     nested = (weight.absmax_code, weight.absmax_scale, weight.absmax_offset)
-    kernels.nf4_dequantize(weight.packed, weight.absmax, *nested, weight.blocksize, out)
+    with _native.stream_on(weight.device):
+        kernels.nf4_dequantize(weight.packed, weight.absmax, *nested, weight.blocksize, out)
     return out
 
 
@@ -210,7 +211,8 @@ def _quantize_triton(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     from fastpeft.triton_kernels import nf4 as kernels
 
     packed, absmax = _empty_codes(weight, blocksize)
-    kernels.nf4_quantize(weight.contiguous(), blocksize, packed, absmax)
+    with _native.stream_on(weight.device):
+        kernels.nf4_quantize(weight.contiguous(), blocksize, packed, absmax)
     return packed, absmax
 
 
@@ -218,7 +220,8 @@ def _quantize_absmax_triton(absmax: Tensor, offset: Tensor, code: Tensor) -> tup
     from fastpeft.triton_kernels import nf4 as kernels
 
     codes, scale = _empty_absmax(absmax)
-    kernels.nf4_quantize_absmax(absmax, offset, code, codes, scale)
+    with _native.stream_on(absmax.device):
+        kernels.nf4_quantize_absmax(absmax, offset, code, codes, scale)
     return codes, scale
 
 

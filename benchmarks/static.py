@@ -113,7 +113,7 @@ class Subject:
     triton: str | None  # the case of launches.py
     cost: Callable[[int, int], costs.Cost]  # of N, K
     elements: Callable[[int, int], int]  # of N, K
-    counted: tuple[str, int]  # elements in the hot path: bytes moved by opcodes that match, over bytes of an element
+    counted: tuple[str, float]  # elements in the hot path: bytes moved by opcodes that match, over bytes of an element
     trips: dict[str, int] = field(default_factory=dict)  # see sass.hot_path
     cold: tuple[str, ...] = ()
 
@@ -141,6 +141,15 @@ SUBJECTS = (
         counted=("STG", 2),
         trips={"HMMA": _RANK // 16, "LDG": 1},  # the product; the loop over chunks of 64 ranks, and that over absmax
         cold=("LDG.E.U16",),  # where A is not aligned
+    ),
+    Subject(
+        "dora_norm, NF4 nested, bf16 adapters of rank 16",
+        "dora_norm",
+        cuda="dora_norm_kernel<Nf4Vectors<true>, __nv_bfloat16, 1>",
+        triton=None,  # it loads A by the same instruction as the codes
+        cost=lambda N, K: costs.dora_norm(N, K, 16, 2, _BLOCKSIZE),
+        elements=lambda N, K: N * K,
+        counted=(r"LDG\.E\.EF", 0.5),  # the codes alone are not to stay in the caches
     ),
     Subject(
         "nf4_quantize, bf16",

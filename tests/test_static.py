@@ -202,6 +202,16 @@ def test_merge_moves():
     assert costs.nf4_merge(4096, 14336, 0, itemsize=2) == plain
 
 
+def test_norm_moves():
+    cost = costs.dora_norm(4096, 14336, 16, adapter_itemsize=4)
+    dequantize = costs.nf4_dequantize(4096 * 14336, itemsize=4)
+    assert (cost.read_bytes, cost.written_bytes) == (dequantize.read_bytes + 16 * (4096 + 14336) * 4, 4096 * 4)
+    assert cost.cuda_core_ops == dequantize.cuda_core_ops + 4 * 58_720_256
+    assert cost.tensor_core_ops == 6 * 1_879_048_192
+    dense = costs.dora_norm(4096, 14336, 0, adapter_itemsize=2, blocksize=None)
+    assert (dense.bytes, dense.cuda_core_ops, dense.tensor_core_ops) == (117_440_512 + 4096 * 4, 2 * 58_720_256, 0)
+
+
 def test_floors_of_the_h100():
     (merge,) = [subject for subject in static.SUBJECTS if subject.title.startswith("nf4_merge")]
     row = static.shape_row(merge, per_element=33.0, layer="Llama-3-8B q, o", gpu=static.H100_SXM)

@@ -13,11 +13,12 @@ OPS = ROOT / "tests" / "ops"
 
 
 def op_tests(source: Path) -> Path:
-    """tests/ops/test_<op>.py, where the file's name is that of the op, or begins with it: nf4_merge.cu, nf4.cuh."""
-    stems = sorted((path.stem.removeprefix("test_") for path in OPS.glob("test_*.py")), key=len, reverse=True)
-    fitting = [stem for stem in stems if source.stem == stem or source.stem.startswith(f"{stem}_")]
+    """tests/ops/test_<op>_kernels.py or test_<op>.py, where the file's name is that of the op, or begins with it:
+    nf4_merge.cu, nf4.cuh."""
+    ops = {path.stem.removeprefix("test_").removesuffix("_kernels"): path for path in sorted(OPS.glob("test_*.py"))}
+    fitting = [op for op in ops if source.stem == op or source.stem.startswith(f"{op}_")]
     assert fitting, f"{source.name} belongs to no file of tests/ops"
-    return OPS / f"test_{fitting[0]}.py"
+    return ops[max(fitting, key=len)]
 
 
 def outcome(module: Path, tests: Path) -> str:

@@ -84,6 +84,21 @@ def nf4_merge(
     )
 
 
+def dora_norm(
+    N: int, K: int, R: int, adapter_itemsize: int, blocksize: int | None = 64, nested: bool = True, itemsize: int = 2
+) -> Cost:
+    """|W + scaling * B A| of each row; blocksize None: a dense W of `itemsize`. An element: dequantization, scaling and
+    sum, square and sum. float32 adapters are six products of bfloat16: 24 bits are three times 8."""
+    stored = N * K * itemsize if blocksize is None else nf4_storage_bytes(N * K, blocksize, nested)
+    dequantize = 0 if blocksize is None else nf4_dequantize(N * K, itemsize, blocksize, nested).cuda_core_ops
+    return Cost(
+        read_bytes=stored + R * (N + K) * adapter_itemsize,
+        written_bytes=N * _FLOAT,
+        cuda_core_ops=dequantize + (4 if R else 2) * N * K,
+        tensor_core_ops=2 * N * K * R * (6 if adapter_itemsize == _FLOAT else 1),
+    )
+
+
 def lora_linear_decode(
     M: int, N: int, K: int, R: int, itemsize: int, blocksize: int = 64, nested: bool = True, dense: bool = False
 ) -> Cost:

@@ -145,6 +145,15 @@ SUBJECTS = (
         cold=("LDG.E.U16",),  # where A is not aligned
     ),
     Subject(
+        "dora_norm, NF4 nested, bf16 adapters of rank 16",
+        "dora_norm",
+        cuda="dora_norm_kernel<Nf4Vectors<true>, __nv_bfloat16, 1>",
+        triton=None,  # it loads A by the same instruction as the codes
+        cost=lambda N, K: costs.dora_norm(N, K, 16, 2, _BLOCKSIZE),
+        elements=lambda N, K: N * K,
+        counted=(r"LDG\.E\.EF", 0.5),  # the codes alone are not to stay in the caches
+    ),
+    Subject(
         "nf4_quantize, bf16",
         "nf4",
         cuda="nf4_quantize_kernel<__nv_bfloat16, true>",

@@ -200,6 +200,20 @@ PYBIND11_MODULE(_cuda, m) {
       "y"_a, "xa"_a, "lora_b"_a, "adapter_dtype"_a, "transposed"_a, "scale"_a, "seed"_a, "dropout_p"_a, "dtype"_a,
       "M"_a, "N"_a, "R"_a, "stream"_a);
 
+  m.def(
+      "dora_norm",
+      [](Address weight, const Nf4Storage* nf4, Address lora_a, Address lora_b, DType adapter_dtype, float scaling,
+         Address scaling_tensor, Address norm, Address workspace, DType dtype, int N, int K, int R, Address stream) {
+        check("dora_norm",
+              dora_norm({pointer<const void>(weight), nf4 ? *nf4 : Nf4Storage{}, pointer<const void>(lora_a),
+                         pointer<const void>(lora_b), adapter_dtype, scaling, pointer<const float>(scaling_tensor),
+                         pointer<float>(norm), pointer<void>(workspace), dtype, N, K, R},
+                        stream_of(stream)));
+      },
+      "weight"_a, "nf4"_a.none(true), "lora_a"_a, "lora_b"_a, "adapter_dtype"_a, "scaling"_a, "scaling_tensor"_a,
+      "norm"_a, "workspace"_a, "dtype"_a, "N"_a, "K"_a, "R"_a, "stream"_a);
+  m.def("dora_norm_workspace_bytes", &dora_norm_workspace_bytes, "N"_a, "K"_a, "R"_a);
+
   // The two below answer on a machine without a driver too: an error is part of the answer.
   m.def(
       "device_count",

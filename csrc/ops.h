@@ -169,4 +169,22 @@ struct LoraAddParams {
 };
 cudaError_t lora_add(const LoraAddParams& p, cudaStream_t stream);
 
+// norm[n] = sqrt(sum_k (W[n, k] + scale * sum_r B[n, r] * A[r, k])^2), scale = scaling * *scaling_tensor, all in
+// float32: NF4 weights are float32 products of value and absmax, and so is the arithmetic of float32 adapters.
+struct DoraNormParams {
+  const void* weight;           // W [N, K] of dtype, or null for nf4
+  Nf4Storage nf4;               // all zeros where weight is given
+  const void* lora_a;           // A [R, K] of adapter_dtype
+  const void* lora_b;           // B [N, R] of adapter_dtype
+  DType adapter_dtype;          // dtype or fp32
+  float scaling;                // multiplied by
+  const float* scaling_tensor;  // one float, or null for 1
+  float* norm;                  // [N]
+  void* workspace;              // dora_norm_workspace_bytes, aligned to 16
+  DType dtype;                  // bf16 or fp16
+  int N, K, R;                  // R may be 0
+};
+cudaError_t dora_norm(const DoraNormParams& p, cudaStream_t stream);
+size_t dora_norm_workspace_bytes(int N, int K, int R);  // whatever the dtypes are
+
 }  // namespace fastpeft

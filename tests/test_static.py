@@ -207,6 +207,16 @@ def test_merge_moves():
     assert costs.nf4_merge(4096, 14336, 0, itemsize=2) == plain
 
 
+def test_norm_moves():
+    cost = costs.dora_norm(4096, 14336, 16, adapter_itemsize=4)
+    dequantize = costs.nf4_dequantize(4096 * 14336, itemsize=4)
+    assert (cost.read_bytes, cost.written_bytes) == (dequantize.read_bytes + 16 * (4096 + 14336) * 4, 4096 * 4)
+    assert cost.cuda_core_ops == dequantize.cuda_core_ops + 4 * 58_720_256
+    assert cost.tensor_core_ops == 6 * 1_879_048_192
+    dense = costs.dora_norm(4096, 14336, 0, adapter_itemsize=2, blocksize=None)
+    assert (dense.bytes, dense.cuda_core_ops, dense.tensor_core_ops) == (117_440_512 + 4096 * 4, 2 * 58_720_256, 0)
+
+
 def test_decode_moves():
     # The storage of 4096 x 4096 (above), A and B of rank 16, x and y of two tokens.
     cost = costs.lora_linear_decode(2, 4096, 4096, 16, itemsize=2)

@@ -69,8 +69,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients. Where peft's DoRA
     gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite.
 
-    fold: of LoRA, where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the update to
-    the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
+    fold: LoRA layers multiply with `W + scaling * B A`, rounded once, where dropout is 0 or off, instead of adding the
+    update to the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
 
     Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
     4-bit weight that is repacked already and, with strict=True, when no module can be fused; then nothing is changed.

@@ -155,8 +155,8 @@ class _Fused:
         return dora_forward(base, x, *factors, scaling, dropout_p, self.training)
 
     def _parts_to_fuse(self, x: Tensor) -> tuple | None:
-        """(base, lora_A, lora_B, magnitude, dropout, scaling) of the one adapter that this call uses, the magnitude None
-        for plain LoRA; None where only peft's forward will do. It runs at every call, so it reads the dicts of the
+        """(base, lora_A, lora_B, magnitude, dropout, scaling) of the one adapter that this call uses, the magnitude
+        None for LoRA; None where only peft's forward will do. It runs at every call, so it reads the dicts of the
         modules directly."""
         if self._disable_adapters or self.merged_adapters:
             return None

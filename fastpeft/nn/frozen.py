@@ -34,9 +34,15 @@ def weight_of(base: nn.Module) -> Tensor | NF4Weight:
     return NF4Weight.from_bnb(base) if is_linear4bit(base) else base.weight.t()
 
 
-def lora_forward(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float) -> Tensor:
+def lora_forward(
+    base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float, fold: bool = False
+) -> Tensor:
     """`base(x) + scaling * dropout(x) A^T B^T`, fused; x: [..., K] -> [..., N] in the dtype that the base returns."""
-    return in_type_of(base, x, lambda x, weight: lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p))
+
+    def call(x: Tensor, weight: Tensor | NF4Weight) -> Tensor:
+        return lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p, fold=fold)
+
+    return in_type_of(base, x, call)
 
 
 def in_type_of(base: nn.Module, x: Tensor, call: Callable[[Tensor, Tensor | NF4Weight], Tensor]) -> Tensor:

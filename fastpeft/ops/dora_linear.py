@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -13,16 +14,15 @@ from fastpeft import backend as backends
 from fastpeft.ops.dora_norm import dora_norm
 from fastpeft.ops.lora_linear import (
     _WEIGHT,
-    _backward_eager,
+    _as_matrix,
     _check,
-    _dense,
     _describe,
     _flatten,
-    _forward_eager,
     _seed_tensor,
     _unflatten,
     autocast_dtype,
 )
+from fastpeft.ops.lora_linear_backends import Eager, dense
 from fastpeft.quant import NF4Weight
 from fastpeft.reference.dora import dora_divisor, dora_gain
 from fastpeft.reference.dora import dora_linear as _reference
@@ -49,8 +49,8 @@ def dora_linear(
     """`y = g * (x W^T + scaling * (x A^T) B^T) + bias`, g = magnitude / norm, the norm taken as a constant.
 
     With dropout, xd of x: `y = x W^T + bias + (g - 1) * xd W^T + g * scaling * (xd A^T) B^T`, as in peft.
-    magnitude: [N], any float dtype. norm: [N], `dora_norm(weight, A, B, scaling)`, computed when None. Where it is zero,
-    so are g and the gradient of the magnitude, and y is finite. All else as in `lora_linear`.
+    magnitude: [N], any float dtype. norm: [N], `dora_norm(weight, A, B, scaling)`, computed when None. Where it is
+    zero, so are g and the gradient of the magnitude, and y is finite. All else as in `lora_linear`.
 
     The gain is float32 and applied in float32. Saved for backward: what `lora_linear` saves, and z [M, N] = y without
     gain and bias, in the compute type. The gradients of magnitude and bias are sums of float32, in a fixed order. The
@@ -93,12 +93,12 @@ def _check_rows(name: str, tensor: Tensor, x: Tensor, N: int) -> None:
 
 def _forward(x, weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed) -> tuple[Tensor, Tensor, Tensor]:
     """x: [M, K]. Returns y [M, N], z [M, N] and xa = x A^T [M, R]; with dropout the latter two are of keep * x."""
-    gain, y = dora_gain(magnitude, norm), None
+    gain, y = _gain(magnitude, norm, x.dtype), None
     if dropout_p > 0:
-        weight = _dense(weight, x.dtype)  # once for two products
+        weight = dense(weight, x.dtype)  # once for two products
         y = linear(x, weight, None if bias is None else bias.to(x.dtype))
         x = x * keep_mask(seed, *x.shape, dropout_p)
-    z, xa = _forward_eager(x, weight, A, B, None, scaling, 0.0, None)
+    z, xa = Eager.forward(x, weight, A, B, None, scaling, 0.0, None, True)
     if y is None:
         return _times_gain(z, gain, bias), z, xa
     y.addmm_(xa, B.to(x.dtype).t(), alpha=scaling / (1 - dropout_p))
@@ -110,18 +110,18 @@ def _backward(
 ) -> list[Tensor | None]:
     """dy: [M, N]. Gradients of (x, weight, A, B, magnitude, bias), None where `needs` is False."""
     need_x, need_weight, need_A, need_B, need_magnitude, need_bias = needs
-    dense, kept_x = weight, x
+    full, kept_x = weight, x
     if dropout_p > 0:
-        dense, keep = _dense(weight, dy.dtype), keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)
+        full, keep = dense(weight, dy.dtype), keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)
         kept_x = None if x is None else x * keep
-    gain = dora_gain(magnitude, norm) / (1 - dropout_p)
+    gain = _gain(magnitude, norm, dy.dtype) / (1 - dropout_p)
     dz, sums = _gain_backward(dy, z if need_magnitude else None, gain)
     lora_needs = (need_x, need_weight, need_A, need_B, False)
-    dx, dweight, dA, dB, _ = _backward_eager(dz, kept_x, xa, dense, A, B, None, scaling, 0.0, None, lora_needs)
+    dx, dweight, dA, dB, _ = Eager.backward(dz, kept_x, xa, full, A, B, None, scaling, 0.0, None, lora_needs)
     if dropout_p > 0:
         # y holds (x - xd) W^T too: x itself where it was dropped, elsewhere -p / (1 - p) * x.
         if need_x:
-            dx_rest = torch.mm(dy, dense)
+            dx_rest = torch.mm(dy, full)
             dx = torch.where(keep, dx.sub_(dx_rest, alpha=dropout_p / (1 - dropout_p)), dx_rest)
         if need_weight:
             dweight += torch.mm(dy.t(), torch.sub(x, kept_x, alpha=1 / (1 - dropout_p)))
@@ -131,6 +131,10 @@ def _backward(
     if need_bias:
         dbias = dy.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
     return [dx, dweight, dA, dB, dmagnitude, dbias]
+
+
+def _gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    return dora_gain(magnitude, norm).to(torch.promote_types(dtype, torch.float32))
 
 
 # A product of 16-bit rows with a float32 gain: written with torch's arithmetic it makes float32 copies of the rows. A
@@ -164,15 +168,15 @@ class DoraLinearFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed):
         shape = x.shape
-        x = x.reshape(-1, shape[-1])
+        x = _as_matrix(x)
         y, z, xa = _forward(x, weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed)
         if any(ctx.needs_input_grad):
             _, need_weight, need_A, need_B, need_magnitude, _ = ctx.needs_input_grad[:6]
             # A 4-bit weight is frozen and never written in place: kept as it is, outside of autograd's bookkeeping.
-            dense = weight if isinstance(weight, Tensor) else None
-            ctx.nf4 = weight if dense is None else None
+            tensor = weight if isinstance(weight, Tensor) else None
+            ctx.nf4 = weight if tensor is None else None
             kept = (x if need_A or need_weight else None, z if need_magnitude else None, xa if need_B else None)
-            ctx.save_for_backward(*kept, dense, A, B, magnitude, bias, norm, seed)
+            ctx.save_for_backward(*kept, tensor, A, B, magnitude, bias, norm, seed)
             ctx.arguments = (shape, scaling, dropout_p)
         # Not a view: autograd forbids in-place operations on a view that a Function returns.
         return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
@@ -183,7 +187,7 @@ class DoraLinearFn(torch.autograd.Function):
         x, z, xa, weight, A, B, magnitude, bias, norm, seed = ctx.saved_tensors
         shape, scaling, dropout_p = ctx.arguments
         weight = ctx.nf4 if weight is None else weight
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = _as_matrix(dy)
         needs = ctx.needs_input_grad[:6]
         # All dtypes are settled: an autocast that is on in backward, but was off in forward, must not mix in.
         guard = torch.autocast(dy.device.type, enabled=False) if autocast_dtype(dy) is not None else nullcontext()
@@ -206,15 +210,14 @@ class DoraLinearFn(torch.autograd.Function):
 def _op(x, *arguments):
     *weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed, backend = arguments
     backends.choose("dora_linear in a compiled graph", _OPAQUE_RULES, x, backend=backend)
-    x2 = x.reshape(-1, x.shape[-1])
-    y, z, xa = _forward(x2, _unflatten(*weight), A, B, magnitude, bias, norm, scaling, dropout_p, seed)
+    y, z, xa = _forward(_as_matrix(x), _unflatten(*weight), A, B, magnitude, bias, norm, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], y.shape[-1]), z, xa
 
 
 @_op.register_fake
 def _(x, *arguments):
     A, B = arguments[7:9]
-    rows, N = x.numel() // x.shape[-1], B.shape[0]
+    rows, N = math.prod(x.shape[:-1]), B.shape[0]
     return x.new_empty(*x.shape[:-1], N), x.new_empty(rows, N), x.new_empty(rows, A.shape[0])
 
 
@@ -226,8 +229,7 @@ def _(x, *arguments):
 )
 def _op_backward(dy, x, z, xa, *arguments):
     weight, arguments = _unflatten(*arguments[:7]), arguments[7:]
-    dy, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    grads = _backward(dy, x2, z, xa, weight, *arguments)
+    grads = _backward(_as_matrix(dy), _as_matrix(x), z, xa, weight, *arguments)
     if grads[0] is not None:
         grads[0] = grads[0].view(x.shape)
     return [grad for grad in grads if grad is not None]

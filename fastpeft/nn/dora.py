@@ -39,9 +39,10 @@ def dora_forward(
 class DoRALinear(LoRALinear):
     """`y = magnitude * (W + scaling * B A) / ||W + scaling * B A|| x + bias`, the norms by row and without gradient.
 
-    Arguments, and what `merge`, `unmerge` and `unload` do, as in LoRALinear. `lora_magnitude_vector.weight` [N] float32,
-    trainable, starts as the norms of the base's rows, so the layer starts as the base. With dropout part of the base's
-    product sees the dropped x too, as in peft (`fastpeft.ops.dora_linear`). A row of zeros gives the bias, never NaN.
+    Arguments, and what `merge`, `unmerge` and `unload` do, as in LoRALinear. The trainable
+    `lora_magnitude_vector.weight`, [N] float32, starts as the norms of the base's rows, so the layer starts as the
+    base. With dropout a part of the base's product sees the dropped x, as in peft (`fastpeft.ops.dora_linear`). A row
+    of zeros gives the bias, not NaN.
 
     Source: Liu et al., "DoRA", 2024 (https://arxiv.org/abs/2402.09353).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -13,6 +14,7 @@ from fastpeft import backend as backends
 from fastpeft.ops.dora_norm import dora_norm
 from fastpeft.ops.lora_linear import (
     _WEIGHT,
+    _as_matrix,
     _check,
     _describe,
     _flatten,
@@ -47,8 +49,8 @@ def dora_linear(
     """`y = g * (x W^T + scaling * (x A^T) B^T) + bias`, g = magnitude / norm, the norm taken as a constant.
 
     With dropout, xd of x: `y = x W^T + bias + (g - 1) * xd W^T + g * scaling * (xd A^T) B^T`, as in peft.
-    magnitude: [N], any float dtype. norm: [N], `dora_norm(weight, A, B, scaling)`, which is computed when None. Where it
-    is zero, so are g and the gradient of the magnitude, and y is finite. All else as in `lora_linear`.
+    magnitude: [N], any float dtype. norm: [N], `dora_norm(weight, A, B, scaling)`, computed when None. Where it is
+    zero, so are g and the gradient of the magnitude, and y is finite. All else as in `lora_linear`.
 
     The gain is float32 and applied in float32. Saved for backward: what `lora_linear` saves, and z [M, N] = y without
     gain and bias, in the compute type. The gradients of magnitude and bias are sums of float32, in a fixed order. The
@@ -85,21 +87,22 @@ def _check_rows(name: str, tensor: Tensor, x: Tensor, N: int) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; it must be floating point")
 
 
-# With dropout the formula is written as y = (x - xd) W^T + bias + g * z, z = xd W^T + scaling * (xd A^T) B^T: one more
-# product with W, and for the rest the same as without. The 1 / (1 - p) of xd = keep * x / (1 - p) goes into the gain.
+# With z = xd W^T + scaling * (xd A^T) B^T the formula is y = g * z + bias without dropout, and with it
+# y = lora_linear(x) + (g - 1) * z. The 1 / (1 - p) of xd = keep * x / (1 - p) goes into the gain, z is of keep * x.
 
 
 def _forward(x, weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed) -> tuple[Tensor, Tensor, Tensor]:
     """x: [M, K]. Returns y [M, N], z [M, N] and xa = x A^T [M, R]; with dropout the latter two are of keep * x."""
-    offset, gain = bias, dora_gain(magnitude, norm)
+    gain, y = _gain(magnitude, norm, x.dtype), None
     if dropout_p > 0:
         weight = dense(weight, x.dtype)  # once for two products
-        kept = x * keep_mask(seed, *x.shape, dropout_p)
-        rest = torch.sub(x, kept, alpha=1 / (1 - dropout_p))
-        offset = linear(rest, weight, None if bias is None else bias.to(x.dtype))
-        x, gain = kept, gain / (1 - dropout_p)
+        y = linear(x, weight, None if bias is None else bias.to(x.dtype))
+        x = x * keep_mask(seed, *x.shape, dropout_p)
     z, xa = Eager.forward(x, weight, A, B, None, scaling, 0.0, None, True)
-    return _apply_gain(z, gain, offset), z, xa
+    if y is None:
+        return _times_gain(z, gain, bias), z, xa
+    y.addmm_(xa, B.to(x.dtype).t(), alpha=scaling / (1 - dropout_p))
+    return y.add_(_times_gain(z, (gain - 1) / (1 - dropout_p))), z, xa
 
 
 def _backward(
@@ -107,20 +110,21 @@ def _backward(
 ) -> list[Tensor | None]:
     """dy: [M, N]. Gradients of (x, weight, A, B, magnitude, bias), None where `needs` is False."""
     need_x, need_weight, need_A, need_B, need_magnitude, need_bias = needs
-    full, dropped = weight, x
+    full, kept_x = weight, x
     if dropout_p > 0:
-        full = dense(weight, dy.dtype)
-        keep = keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)
-        dropped = None if x is None else x * keep
-    dz, sums = _gain_backward(dy, z if need_magnitude else None, dora_gain(magnitude, norm) / (1 - dropout_p))
+        full, keep = dense(weight, dy.dtype), keep_mask(seed, dy.shape[0], A.shape[1], dropout_p)
+        kept_x = None if x is None else x * keep
+    gain = _gain(magnitude, norm, dy.dtype) / (1 - dropout_p)
+    dz, sums = _gain_backward(dy, z if need_magnitude else None, gain)
     lora_needs = (need_x, need_weight, need_A, need_B, False)
-    dx, dweight, dA, dB, _ = Eager.backward(dz, dropped, xa, full, A, B, None, scaling, 0.0, None, lora_needs)
+    dx, dweight, dA, dB, _ = Eager.backward(dz, kept_x, xa, full, A, B, None, scaling, 0.0, None, lora_needs)
     if dropout_p > 0:
-        if need_x:  # where x was dropped it went through `rest` only; elsewhere rest = -p / (1 - p) * x
-            through_rest = torch.mm(dy, full)
-            dx = torch.where(keep, dx.sub_(through_rest, alpha=dropout_p / (1 - dropout_p)), through_rest)
+        # y holds (x - xd) W^T too: x itself where it was dropped, elsewhere -p / (1 - p) * x.
+        if need_x:
+            dx_rest = torch.mm(dy, full)
+            dx = torch.where(keep, dx.sub_(dx_rest, alpha=dropout_p / (1 - dropout_p)), dx_rest)
         if need_weight:
-            dweight += torch.mm(dy.t(), torch.sub(x, dropped, alpha=1 / (1 - dropout_p)))
+            dweight += torch.mm(dy.t(), torch.sub(x, kept_x, alpha=1 / (1 - dropout_p)))
     dmagnitude = dbias = None
     if need_magnitude:
         dmagnitude = (sums / (dora_divisor(norm) * (1 - dropout_p))).to(magnitude.dtype)
@@ -129,38 +133,33 @@ def _backward(
     return [dx, dweight, dA, dB, dmagnitude, dbias]
 
 
-def _rows(z: Tensor) -> int:
-    """Rows that are in work at a time, where a float32 copy is made on the way: 1 MB of it stays in a CPU's caches. On
-    a GPU 64 MB keep the number of launches small."""
-    return max(1, (2**18 if z.device.type == "cpu" else 2**24) // max(1, z.shape[1]))
+def _gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+    return dora_gain(magnitude, norm).to(torch.promote_types(dtype, torch.float32))
 
 
-def _apply_gain(z: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
-    """`gain * z + offset` in gain's dtype, rounded once to z's. offset: [N], [M, N] or None."""
-    y, rows = torch.empty_like(z), _rows(z)
-    if offset is None or offset.dim() == 1:
-        for z_rows, y_rows in zip(z.split(rows), y.split(rows), strict=True):
-            if offset is None:
-                torch.mul(z_rows, gain, out=y_rows)
-            else:
-                torch.addcmul(offset, z_rows, gain, out=y_rows)
-        return y
-    for z_rows, y_rows, offset_rows in zip(z.split(rows), y.split(rows), offset.split(rows), strict=True):
-        torch.addcmul(offset_rows, z_rows, gain, out=y_rows)
-    return y
+# A product of 16-bit rows with a float32 gain: written with torch's arithmetic it makes float32 copies of the rows. A
+# batch norm of mean 0 and variance 1 is the same product, and so is its backward, in one pass each.
+
+
+def _times_gain(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gain * z + bias`, in gain's dtype and rounded once to z's."""
+    if z.dtype == gain.dtype or z.numel() == 0:  # a batch norm of nothing divides by zero
+        return (z * gain if bias is None else torch.addcmul(bias.to(gain.dtype), z, gain)).to(z.dtype)
+    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
+    bias = mean if bias is None else bias.to(gain.dtype)
+    return torch.batch_norm(z, gain, bias, mean, variance, False, 0.0, 0.0, False)
 
 
 def _gain_backward(dy: Tensor, z: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(gain * dy in dy's dtype, the sums of dy * z over the rows in gain's dtype, or None without z)."""
-    dz, rows = torch.empty_like(dy), _rows(dy)
-    sums = None if z is None else torch.zeros_like(gain)
-    for row in range(0, dy.shape[0], rows):
-        part = slice(row, row + rows)
-        wide = dy[part].to(gain.dtype)
-        torch.mul(wide, gain, out=dz[part])
-        if z is not None:
-            sums += (wide * z[part]).sum(0)
-    return dz, sums
+    """`gain * dy`, rounded to dy's dtype, and the sums of dy * z over the rows, in gain's dtype; None without z."""
+    if z is None:
+        return _times_gain(dy, gain), None
+    if dy.dtype == gain.dtype or dy.numel() == 0:
+        return _times_gain(dy, gain), (dy * z).sum(0, dtype=gain.dtype)
+    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
+    of_running_statistics = (mean, variance, None, None, False, 0.0)
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(dy.contiguous(), z, gain, *of_running_statistics, (True, True, False))[:2]
 
 
 class DoraLinearFn(torch.autograd.Function):
@@ -169,7 +168,7 @@ class DoraLinearFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed):
         shape = x.shape
-        x = x.reshape(-1, shape[-1])
+        x = _as_matrix(x)
         y, z, xa = _forward(x, weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed)
         if any(ctx.needs_input_grad):
             _, need_weight, need_A, need_B, need_magnitude, _ = ctx.needs_input_grad[:6]
@@ -188,7 +187,7 @@ class DoraLinearFn(torch.autograd.Function):
         x, z, xa, weight, A, B, magnitude, bias, norm, seed = ctx.saved_tensors
         shape, scaling, dropout_p = ctx.arguments
         weight = ctx.nf4 if weight is None else weight
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = _as_matrix(dy)
         needs = ctx.needs_input_grad[:6]
         # All dtypes are settled: an autocast that is on in backward, but was off in forward, must not mix in.
         guard = torch.autocast(dy.device.type, enabled=False) if autocast_dtype(dy) is not None else nullcontext()
@@ -211,15 +210,14 @@ class DoraLinearFn(torch.autograd.Function):
 def _op(x, *arguments):
     *weight, A, B, magnitude, bias, norm, scaling, dropout_p, seed, backend = arguments
     backends.choose("dora_linear in a compiled graph", _OPAQUE_RULES, x, backend=backend)
-    x2 = x.reshape(-1, x.shape[-1])
-    y, z, xa = _forward(x2, _unflatten(*weight), A, B, magnitude, bias, norm, scaling, dropout_p, seed)
+    y, z, xa = _forward(_as_matrix(x), _unflatten(*weight), A, B, magnitude, bias, norm, scaling, dropout_p, seed)
     return y.view(*x.shape[:-1], y.shape[-1]), z, xa
 
 
 @_op.register_fake
 def _(x, *arguments):
     A, B = arguments[7:9]
-    rows, N = x.numel() // x.shape[-1], B.shape[0]
+    rows, N = math.prod(x.shape[:-1]), B.shape[0]
     return x.new_empty(*x.shape[:-1], N), x.new_empty(rows, N), x.new_empty(rows, A.shape[0])
 
 
@@ -231,8 +229,7 @@ def _(x, *arguments):
 )
 def _op_backward(dy, x, z, xa, *arguments):
     weight, arguments = _unflatten(*arguments[:7]), arguments[7:]
-    dy, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    grads = _backward(dy, x2, z, xa, weight, *arguments)
+    grads = _backward(_as_matrix(dy), _as_matrix(x), z, xa, weight, *arguments)
     if grads[0] is not None:
         grads[0] = grads[0].view(x.shape)
     return [grad for grad in grads if grad is not None]

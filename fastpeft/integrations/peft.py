@@ -69,7 +69,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients. Where peft's DoRA
     gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite.
 
-    fold: LoRA layers multiply with `W + scaling * B A`, rounded once, where dropout is 0 or off, instead of adding the
+    fold: of LoRA, where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the
     update to the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
 
     Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
@@ -160,8 +160,8 @@ class _Fused:
         return dora_forward(base, x, *factors, scaling, dropout_p, self.training)
 
     def _parts_to_fuse(self, x: Tensor) -> tuple | None:
-        """(base, lora_A, lora_B, magnitude, dropout, scaling) of the one adapter that this call uses, the magnitude None
-        for plain LoRA; None where only peft's forward will do. It runs at every call, so it reads the dicts of the
+        """(base, lora_A, lora_B, magnitude, dropout, scaling) of the one adapter that this call uses, the magnitude
+        None for LoRA; None where only peft's forward will do. It runs at every call, so it reads the dicts of the
         modules directly."""
         if self._disable_adapters or self.merged_adapters:
             return None

@@ -9,13 +9,29 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastpeft import _native
 from fastpeft import backend as backends
 from fastpeft.ops.lora_linear import _WEIGHT, _describe, _flatten, _unflatten, autocast_dtype
-from fastpeft.quant import NF4Weight
+from fastpeft.ops.lora_linear_backends import call, storage
+from fastpeft.quant import NF4Weight, native_storage
 from fastpeft.reference.dora import dora_norm as _reference
 from fastpeft.reference.dora import norm_dtype
 
-_RULES = {"eager": backends.always, "reference": backends.always}
+
+def _of_kernels(A: Tensor, weight: Tensor | NF4Weight, B: Tensor) -> str | None:
+    if type(weight) is Tensor and weight.dtype not in backends.HALF_TYPES:
+        return f"weight is {weight.dtype}; the kernels take bf16, fp16 and NF4"
+    if torch.float64 in (A.dtype, B.dtype):
+        return "an adapter is torch.float64; the kernels take up to float32"
+    return None
+
+
+_RULES = {
+    "cuda": lambda *args: _of_kernels(*args) or backends.needs_cuda_module(*args),
+    "triton": lambda *args: _of_kernels(*args) or backends.needs_triton(*args),
+    "eager": backends.always,
+    "reference": backends.always,
+}
 
 # Elements of the weight that are in work at a time: 1 MB of float32, which stays in the second-level caches of a CPU
 # and is little beside any weight.
@@ -63,12 +79,45 @@ def _check(weight, A, B, scaling) -> None:
 
 
 def _norm(weight, A, B, scaling, backend) -> Tensor:
-    if backends.choose("dora_norm", _RULES, A, backend=backend) == "reference":
+    name = backends.choose("dora_norm", _RULES, A, weight, B, backend=backend)
+    if name == "reference":
         return _reference(weight, A, B, scaling)
+    if name != "eager":
+        return _by_kernels(name, weight, A, B, float(scaling))
     # Autocast would round the products to 16 bits.
     guard = torch.autocast(A.device.type, enabled=False) if autocast_dtype(A) is not None else nullcontext()
     with guard:
         return _eager(weight, A, B, scaling)
+
+
+def _by_kernels(name, weight, A, B, scaling) -> Tensor:
+    """A and B as they are where they share a type that goes with the weight, else in float32."""
+    is_nf4 = type(weight) is NF4Weight
+    own = A.dtype == B.dtype and A.dtype in (backends.HALF_TYPES if is_nf4 else (weight.dtype,))
+    A, B = (t.detach().to(A.dtype if own else torch.float32).contiguous() for t in (A, B))
+    weight = weight if is_nf4 else weight.contiguous()  # that of a Conv1D is copied
+    norm = torch.empty(B.shape[0], dtype=torch.float32, device=B.device)
+    if name == "triton":
+        from fastpeft.triton_kernels import dora_norm as kernels
+
+        with _native.stream_on(norm.device):
+            kernels.dora_norm(storage(weight, weight.dtype), A, B, scaling, None, norm)
+        return norm
+    call(
+        "dora_norm",
+        A,
+        dict(N=B.shape[0], K=A.shape[1], R=A.shape[0]),
+        dtype=A.dtype if own else torch.bfloat16 if is_nf4 else weight.dtype,
+        weight=None if is_nf4 else weight,
+        nf4=native_storage(weight) if is_nf4 else None,
+        lora_a=A,
+        lora_b=B,
+        adapter_dtype=A.dtype,
+        scaling=scaling,
+        scaling_tensor=None,
+        norm=norm,
+    )
+    return norm
 
 
 def _eager(weight, A, B, scaling) -> Tensor:

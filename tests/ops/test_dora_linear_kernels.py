@@ -75,8 +75,8 @@ def test_parity_over_sizes_of_batch(backend, M, weight):
 @pytest.mark.parametrize("dtype,master", [(BF16, BF16), (FP16, FP32), (FP16, FP16)])
 @BACKENDS
 def test_parity_over_types(backend, dtype, master):
-    for weight, M in (("dense", 70), ("nf4", 9)):
-        check(problem((M, 64), 40, 8, dtype, master, weight, device=backend.device), backend)
+    for weight, M in (("dense", 70), ("nf4", 19)):
+        check(problem((M, 64), 90, 8, dtype, master, weight, device=backend.device), backend)
 
 
 @pytest.mark.parametrize("R", (1, 13, 100))
@@ -96,28 +96,28 @@ def test_parity_with_dropout(backend, shape, weight):
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 @BACKENDS
 def test_gradient_of_a_dense_weight(backend, dropout_p):
-    options = dict(weight_needs_gradient=True, norm=torch.rand(40, device=backend.device) + 0.5)
+    options = dict(weight_needs_gradient=True, norm=torch.rand(130, device=backend.device) + 0.5)
     options |= dict(dropout_p=dropout_p, seed=5) if dropout_p else {}
-    check(problem((33, 64), 40, 4, device=backend.device), backend, **options)
+    check(problem((33, 64), 130, 4, device=backend.device), backend, **options)
 
 
-@pytest.mark.parametrize("K,N,blocksize", [(40, 131, 32), (100, 97, 64), (72, 65, 4096)])
+@pytest.mark.parametrize("K,N,blocksize", [(40, 131, 32), (100, 97, 64), (72, 129, 4096)])
 @BACKENDS
 def test_parity_where_blocks_cross_rows(backend, K, N, blocksize):
     storage = dict(weight="nf4", blocksize=blocksize, nested=blocksize == 64, device=backend.device)
-    for M in (3, 110):  # the kernel for few tokens, with its gain, and the others
+    for M in (17, 110):  # the kernel for few tokens, with its gain, and the others
         check(problem((M, K), N, 4, **storage), backend)
 
 
 @BACKENDS
 def test_parity_for_views(backend):
-    x, W, A, B, magnitude, _, dy = problem((6, 72), 32, 4, device=backend.device)
-    wide = torch.randn(6, 2, 145, device=backend.device).to(BF16)
+    x, W, A, B, magnitude, _, dy = problem((20, 72), 130, 8, device=backend.device)
+    wide = torch.randn(20, 2, 145, device=backend.device).to(BF16)
     for view in (wide[:, 1, 3::2][:, :64], wide[:, :, 1:65]):
-        dy_of_view = torch.randn(*view.shape[:-1], 32, device=backend.device).to(BF16)
+        dy_of_view = torch.randn(*view.shape[:-1], 130, device=backend.device).to(BF16)
         check((view, W[:, :64], A[:, 8:], B, magnitude, None, dy_of_view), backend)
     transposed = (t.t().contiguous().t() for t in (W, A, B))
-    check((x, *transposed, magnitude, None, torch.ones_like(dy)[:1, :1].expand(6, 32)), backend)
+    check((x, *transposed, magnitude, None, torch.ones_like(dy)[:1, :1].expand(20, 130)), backend)
 
 
 @pytest.mark.parametrize("N,K,R", [(0, 16, 2), (8, 0, 2), (8, 16, 0)])
@@ -132,7 +132,7 @@ def test_empty_dimensions(backend, N, K, R):
 @each_weight
 @BACKENDS
 def test_a_row_of_zeros_gives_the_bias_and_no_gradient(backend, weight, dropout_p):
-    x, W, A, B, magnitude, bias, dy = problem((9, 64), 40, 4, weight=weight, bias=True, device=backend.device)
+    x, W, A, B, magnitude, bias, dy = problem((30, 64), 90, 8, weight=weight, bias=True, device=backend.device)
     B[3] = 0
     if isinstance(W, NF4Weight):
         W = ops.nf4_quantize(W.dequantize().index_fill(0, torch.tensor(3, device=x.device), 0))
@@ -141,7 +141,7 @@ def test_a_row_of_zeros_gives_the_bias_and_no_gradient(backend, weight, dropout_
     results = check((x, W, A, B, magnitude, bias, dy), backend, dropout_p=dropout_p, seed=2)
     assert all(t.isfinite().all() for t in results.values())
     assert (
-        torch.equal(results["y"][:, 3], bias[3].expand(9)) and results["dm"][3] == 0 and (results["dB"][3] == 0).all()
+        torch.equal(results["y"][:, 3], bias[3].expand(30)) and results["dm"][3] == 0 and (results["dB"][3] == 0).all()
     )
 
 
@@ -242,7 +242,7 @@ def test_norm_over_storage_and_types(backend):
 def test_norm_refuses_what_no_kernel_takes(backend):
     W, A, B = (torch.randn(shape, device=backend.device) for shape in ((8, 16), (2, 16), (8, 2)))
     for tensors in ((W, A, B), (W.to(BF16), A.double(), B.double())):
-        with pytest.raises(ValueError, match=f"dora_norm cannot run on backend '{backend.name}': .* float"):
+        with pytest.raises(ValueError, match=f"dora_norm cannot run on backend '{backend.name}': .* the kernels take"):
             ops.dora_norm(*tensors, 1.0, backend=backend.name)
 
 
@@ -281,7 +281,7 @@ def test_gradient_of_the_gain(backend, shape):
         def run(_buffers, dy=dy, z=z):
             return [RUNNERS[backend.name].gain_grad(dy, z)]
 
-        (dgain,) = twice(backend, run)
+        (dgain,) = twice(backend, run) if backend.name == "cuda" else (run(None)[0].cpu(),)
         products = dy.cpu().double() * z.cpu().double()
         assert_parity(dgain, products.float().sum(0), products.sum(0), f"{dtype}")
 

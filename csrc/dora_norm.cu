@@ -18,11 +18,12 @@
 // whole are formed: 5.4 us for each 16 ranks, and tensor cores are the bound.
 //
 // Work split: dora_norm_pack_kernel brings A and B into the workspace in the order of the fragments of mma. It deals
-// with dtype, alignment, padding and the three numbers once; what the norm loads of them are whole vectors. Then a CTA
-// owns 256 rows and a slice of the columns, a warp 32 rows, two tiles of mma, so that a fragment of A is used twice. No
-// warp waits for another one: A comes out of L1, which the warps of an SM share, and the 16 that fit on it side by side
-// are to hide its latency. In shared memory A would need a barrier every 32 columns. Of W a lane loads 16 bytes of four
-// rows at a time, while the last step of those before is computed.
+// with dtype, alignment, padding and the three numbers once; what the norm loads of them are whole vectors. It moves
+// little, 0.5 MB above, and takes as long as a launch does. Then a CTA owns 256 rows and a slice of the columns, a warp
+// 32 rows, two tiles of mma, so that a fragment of A is used twice. No warp waits for another one: A comes out of L1,
+// which the warps of an SM share, and the 16 that fit on it side by side are to hide its latency. In shared memory A
+// would need a barrier every 32 columns. Of W a lane loads 16 bytes of four rows at a time, while the last step of
+// those before is computed.
 //
 // mma leaves a lane with columns 2t and 2t + 1 of each tile of 8. Packing permutes the columns of A so that the pairs
 // of four tiles are eight neighbours in W, a word of codes. nf4_merge does the same.

@@ -220,7 +220,7 @@ def test_tensors_at_any_address(adapter, backend):
 
 @KERNELS
 def test_the_same_bits_again(backend):
-    """Over several slices of K, whatever the order of the threads is, and with more rows below."""
+    """Over several slices of K, whatever the order of the threads is."""
     weight, A, B = nf4_problem(260, 416, 20, torch.bfloat16)
     norms = []
     for order in ("forward", "reverse", "random"):

@@ -386,7 +386,7 @@ def test_decode_of_nothing(backend):
 @CUDA
 def test_decode_refuses_what_it_would_compute_wrongly(backend):
     x = torch.randn(65 * 64, device=backend.device).to(BF16)
-    sizes, names = dict(M=1, N=1, K=64, R=0), "lora_a lora_b scaling_tensor gain bias".split()
+    sizes, names = dict(M=1, N=1, K=64, R=0), ["lora_a", "lora_b", "scaling_tensor", "gain", "bias"]
     valid = dict(x=x, weight=x, nf4=None, y=x, adapter_dtype=BF16, scaling=1.0, **dict.fromkeys(names))
 
     def refused(sizes=sizes, **arguments):

@@ -59,7 +59,7 @@ def norm(base: nn.Module, A: Tensor, B: Tensor, scaling: float | Tensor) -> Tens
     def compute() -> Tensor:
         return dora_norm(frozen.weight_of(base), A, B, scaling)
 
-    return _keep(_norms, base, (A, B), scaling, compute) if B.device.type == "cpu" else compute()
+    return _keep(_norms, base, (A, B), scaling, compute) if _is_readable(B) else compute()
 
 
 def folded(
@@ -86,18 +86,18 @@ def can_fold(weight: Tensor | NF4Weight) -> bool:
 
 
 def _keep(store: MutableMapping, base: nn.Module, tensors: tuple[Tensor, ...], scaling, compute: Callable):
-    on_host = tensors[0].device.type == "cpu"
-    if torch.compiler.is_compiling() or (not on_host and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or _is_capturing(tensors[0]):
         return compute()
+    readable = _is_readable(tensors[0])
     if isinstance(scaling, Tensor):
         tensors, scaling = (*tensors, scaling), None
-    if not on_host and any(tensor.is_inference() for tensor in tensors):
+    if not readable and any(tensor.is_inference() for tensor in tensors):
         return compute()  # has no version
     state = bnb_quant_state(base)
     identities = (base.weight, *tensors) if state is None else (base.weight, state.absmax, *tensors)
     # A tensor of inference mode is of no use to autograd: what was made there is used there.
     mark = (_steps, torch.is_inference_mode_enabled(), scaling, *map(_identity, identities))
-    contents = [*tensors, _sample(base.weight, tensors[1].shape[0])] if on_host else []
+    contents = [*tensors, _sample(base.weight, tensors[1].shape[0])] if readable else []
     kept = store.get(tensors[1])
     if kept is not None and kept.mark == mark and all(map(torch.equal, kept.contents, contents)):
         return kept.value
@@ -105,6 +105,15 @@ def _keep(store: MutableMapping, base: nn.Module, tensors: tuple[Tensor, ...], s
         value = compute()
         store[tensors[1]] = _Kept(mark, [tensor.detach().clone() for tensor in contents], value)
     return value
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Contents can be compared without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _identity(tensor: Tensor) -> tuple:

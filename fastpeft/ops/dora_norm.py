@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -16,6 +17,7 @@ from fastpeft.ops.lora_linear_backends import call, storage
 from fastpeft.quant import NF4Weight, native_storage
 from fastpeft.reference.dora import dora_norm as _reference
 from fastpeft.reference.dora import norm_dtype
+from fastpeft.reference.nf4 import ABSMAX_BLOCKSIZE
 
 
 def _of_kernels(A: Tensor, weight: Tensor | NF4Weight, B: Tensor) -> str | None:
@@ -46,8 +48,7 @@ def dora_norm(
     weight: [N, K] in any float dtype, or an NF4Weight. A: [R, K], B: [N, R]: any float dtype. scaling: a float, or a
     tensor with one element, which is never read on the host. The sum of squares is direct: the expansion
     `||W||^2 + 2 scaling <B, W A^T> + ...` cancels where the update is close to -W, and rows of norm 1e-4 come out as 0.
-    One pass over the stored weight, in blocks of rows; memory beside the result is bounded by a megabyte of float32, or
-    one row, and for a 4-bit weight its absmax in float32.
+    One pass over the stored weight, in blocks of rows: memory beside the result is some megabytes, or some rows.
 
     Raises ValueError (shapes, devices, an unable backend) or TypeError (dtypes) before anything is computed.
     """
@@ -142,7 +143,6 @@ def _dense_blocks(weight: Tensor, rows: int, dtype: torch.dtype) -> Iterator[Ten
 def _nf4_blocks(weight: NF4Weight, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
     N, K = weight.shape
     size, numel = weight.blocksize, prod(weight.shape)
-    absmax = weight.absmax_float()
     for row in range(0, N, rows):
         start, end = row * K, min(row + rows, N) * K
         # Quantization blocks may cross rows: the whole blocks that hold these rows, or all to the end of the weight.
@@ -150,8 +150,17 @@ def _nf4_blocks(weight: NF4Weight, rows: int, dtype: torch.dtype) -> Iterator[Te
         stored = min(last * size, numel) - first * size
         shape = (stored // size, size) if stored % size == 0 else (1, stored)
         packed = weight.packed[first * size // 2 : -(-min(last * size, numel) // 2)]
-        part = NF4Weight(packed, absmax[first:last], shape, size, dtype).dequantize(dtype)
+        part = NF4Weight(packed, _absmax(weight, first, last), shape, size, dtype).dequantize(dtype)
         yield part.view(-1)[start - first * size : end - first * size].view(-1, K)
+
+
+def _absmax(weight: NF4Weight, first: int, last: int) -> Tensor:
+    """Of the quantization blocks from `first` up to `last`; float32."""
+    if not weight.nested:
+        return weight.absmax[first:last]
+    start, size = first // ABSMAX_BLOCKSIZE, ABSMAX_BLOCKSIZE
+    absmax, scale = weight.absmax[start * size : last], weight.absmax_scale[start : -(-last // size)]
+    return replace(weight, absmax=absmax, absmax_scale=scale).absmax_float()[first - start * size :]
 
 
 @torch.library.custom_op(

@@ -137,11 +137,12 @@ bool is_valid(int M, int N, int K, int R) {
 cudaError_t lora_linear_decode(const LoraLinearDecodeParams& p, cudaStream_t stream) {
   if (!decode::is_valid(p.M, p.N, p.K, p.R) || p.dtype == DType::fp32) return cudaErrorInvalidValue;
   if (p.R > 0 && p.adapter_dtype != p.dtype && p.adapter_dtype != DType::fp32) return cudaErrorInvalidValue;
+  if (p.M == 0 || p.N == 0) return cudaSuccess;  // what is empty has no address
   if (!p.weight && (!is_blocksize(p.nf4.blocksize) || !is_aligned(p.nf4.packed, 4))) return cudaErrorInvalidValue;
   if (!is_aligned(p.x, 16) || !is_aligned(p.weight, 16) || !is_aligned(p.lora_a, 16) || !is_aligned(p.workspace, 16)) {
     return cudaErrorInvalidValue;
   }
-  return p.M == 0 || p.N == 0 ? cudaSuccess : decode::run(p, stream);
+  return decode::run(p, stream);
 }
 
 cudaError_t lora_linear_decode_workspace_bytes(int M, int N, int K, int R, size_t* bytes) {

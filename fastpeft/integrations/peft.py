@@ -159,6 +159,11 @@ class _Fused:
         factors = (lora_A.weight, lora_B.weight, magnitude.weight)
         return dora_forward(base, x, *factors, scaling, dropout_p, self.training)
 
+    def update_layer(self, *args, **kwargs) -> None:
+        """peft adds an adapter."""
+        super().update_layer(*args, **kwargs)
+        make_finite(self)
+
     def _parts_to_fuse(self, x: Tensor) -> tuple | None:
         """(base, lora_A, lora_B, magnitude, dropout, scaling) of the one adapter that this call uses, the magnitude
         None for LoRA; None where only peft's forward will do. It runs at every call, so it reads the dicts of the

@@ -303,7 +303,8 @@ def test_compile_and_opcheck(weight, dropout_p):
     seed = torch.tensor(7) if dropout_p > 0 else None
     norm = ops.dora_norm(W, A, B, 1.5)
     tensors = (leaf(A), leaf(B), leaf(m), leaf(b), norm)
-    torch.library.opcheck(torch.ops.fastpeft.dora_linear, (leaf(x), *flat, *tensors, 1.5, dropout_p, seed, None))
+    arguments = (leaf(x), *flat, *tensors, 1.5, dropout_p, seed, True, None)
+    torch.library.opcheck(torch.ops.fastpeft.dora_linear, arguments)
 
 
 def test_backends_by_name_and_meta_tensors():

@@ -197,7 +197,7 @@ _QUICK = {
     "cuda": [("Llama-3-8B", "q, o"), ("Llama-3-8B", "down"), ("Llama-3-8B", "gate, up")],
     "cpu": [("SmolLM2-135M", "down")],
 }
-_QUICK_M = {"cuda": ((1, 8, 32, 64), (8192,)), "cpu": ((1,), (512,))}
+_QUICK_M = {"cuda": ((1, 8, 32, 64), (8192,)), "cpu": ((1, 16), (512,))}
 _COMPILED_M = (1, 512, 8192)  # compiling takes longer than measuring
 
 

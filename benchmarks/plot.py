@@ -80,7 +80,7 @@ def speedup(rows: Rows, path: Path) -> None:
                           ha="center", fontsize=8)  # fmt: skip
     axes.axhline(1, color="#222222", linewidth=1)
     axes.set_xticks(range(len(methods)), methods)
-    axes.set(ylabel="time of peft / time of fastpeft", ylim=(0, axes.get_ylim()[1] * 1.08))
+    axes.set(ylabel="time of peft / time of fastpeft", ylim=(0, axes.get_ylim()[1] * 1.15))  # room for the legend
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, loc="upper left", ncols=len(models))
@@ -102,8 +102,10 @@ def roofline(rows: Rows, path: Path) -> None:
                 continue  # forced backends: for tuning, not for this plot
             points = sorted((int(row["M"]), float(row["fraction"])) for row in of_side)
             colour = next((c for name, c in _COLOURS.items() if side.startswith(name)), "#999999")
-            style = {"linestyle": "--"} if "fp32" in side else {}
-            (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, **style)
+            style = (
+                {"linestyle": "--", "marker": "s", "markerfacecolor": "white"} if "fp32" in side else {"marker": "o"}
+            )
+            (line,) = axes.plot(*zip(*points, strict=True), markersize=5, color=colour, **style)
             handles.setdefault(side, line)
         ticks = sorted({int(row["M"]) for row in of_panel})
         axes.set_xscale("log", base=2)
@@ -111,8 +113,8 @@ def roofline(rows: Rows, path: Path) -> None:
         axes.minorticks_off()
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("M (tokens)", fontsize=8)
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+    grid[0, 0].set_ylim(0, 1.08 * max(float(row["fraction"]) for row in rows))  # shared by all panels
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
@@ -135,7 +137,7 @@ def memory(rows: Rows, path: Path) -> None:
         axes.set_xticks(range(len(of_model)), [row["method"] for row in of_model])
         axes.set_title(f"{model} shape, {of_model[0]['tokens']} tokens, {of_model[0]['dtype']}", fontsize=9)
         axes.set_ylabel("MiB a layer")
-        axes.margins(y=0.15)
+        axes.margins(y=0.25)  # room for the legend
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.legend(fontsize=8, loc="upper right", ncols=2)

@@ -152,7 +152,7 @@ def _loss_and_gradients(model: nn.Module, tokens: Tensor) -> tuple[float, Tensor
         dropout.p = 0.0
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
-    flat = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+    flat = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
     for dropout, p in dropouts.items():
         dropout.p = p

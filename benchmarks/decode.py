@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.environment import RESULTS, append_csv, clocks, describe
 from benchmarks.harness import Device
 from benchmarks.models import METHODS, SIDES, build
-from benchmarks.step import add_model_arguments, in_pairs, ratio_columns, shape_of
+from benchmarks.step import add_model_arguments, in_pairs, ratio_text, shape_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     def generate() -> None:
         model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **lengths)
 
-    times, peaks = in_pairs(model, generate, device, args.repeats, args.seconds)
+    pairs = in_pairs(model, generate, device, args.repeats, args.seconds)
     fused = fastpeft.accelerate(model).summary
     row = describe(device.device) | clocks(device.device) | {
         "model": args.model,
@@ -74,13 +74,12 @@ def main(argv: list[str] | None = None) -> None:
         "rank": args.rank,
         "dtype": args.dtype,
         "fused": fused,
-        **ratio_columns(times, peaks, args.batch * args.new),
+        **pairs.columns(args.batch * args.new),
     }  # fmt: skip
     append_csv(args.out, row)
     print(f"{row['device']}: {args.method}, {shape.layers} layers of {shape.hidden}, decoding {args.batch}x{args.new} "
           f"tokens, {args.dtype}; {fused}")  # fmt: skip
-    print(f"peft {row['peft_tokens_per_s']} tokens/s, fastpeft {row['fastpeft_tokens_per_s']}: {row['ratio']} times as "
-          f"fast (p20 to p80 of {row['repeats']} pairs: {row['ratio_p20']} to {row['ratio_p80']})")  # fmt: skip
+    print(f"peft {row['peft_tokens_per_s']} tokens/s, fastpeft {row['fastpeft_tokens_per_s']}: {ratio_text(row)}")
 
 
 if __name__ == "__main__":

@@ -61,30 +61,36 @@ def _figure(width: float, height: float, title: str, rows: Rows):
 
 
 def speedup(rows: Rows, path: Path) -> None:
-    """A bar a method and model: the median ratio of pairs, whiskers from p20 to p80."""
-    models = list(_by(rows, "model"))
+    """A bar a method, a colour a configuration: the median ratio of pairs, whiskers from p20 to p80."""
+    configurations = _by([row | {"configuration": _configuration(row)} for row in rows], "configuration")
     methods = list(_by(rows, "method"))
     figure = _figure(8, 4.2, "Training step: times as fast as stock peft", rows)
     axes = figure.subplots()
-    width = 0.8 / len(models)
-    for index, (model, of_model) in enumerate(_by(rows, "model").items()):
-        at = [methods.index(row["method"]) + (index - (len(models) - 1) / 2) * width for row in of_model]
-        ratios = [float(row["ratio"]) for row in of_model]
-        low = [max(0.0, ratio - float(row["ratio_p20"])) for ratio, row in zip(ratios, of_model, strict=True)]
-        high = [max(0.0, float(row["ratio_p80"]) - ratio) for ratio, row in zip(ratios, of_model, strict=True)]
-        colour = list(_COLOURS.values())[index]
-        axes.bar(at, ratios, width * 0.9, color=colour, label=f"{model}, {of_model[0]['tokens']} tokens")
+    width = 0.8 / len(configurations)
+    for index, (configuration, of_one) in enumerate(configurations.items()):
+        at = [methods.index(row["method"]) + (index - (len(configurations) - 1) / 2) * width for row in of_one]
+        ratios = [float(row["ratio"]) for row in of_one]
+        low = [max(0.0, ratio - float(row["ratio_p20"])) for ratio, row in zip(ratios, of_one, strict=True)]
+        high = [max(0.0, float(row["ratio_p80"]) - ratio) for ratio, row in zip(ratios, of_one, strict=True)]
+        colour = list(_COLOURS.values())[index % len(_COLOURS)]
+        axes.bar(at, ratios, width * 0.9, color=colour, label=configuration)
         axes.errorbar(at, ratios, [low, high], fmt="none", ecolor="#222222", elinewidth=1, capsize=3)
         for x, ratio, above in zip(at, ratios, high, strict=True):
             axes.annotate(f"{ratio:.2f}", (x, ratio + above), xytext=(0, 3), textcoords="offset points",
                           ha="center", fontsize=8)  # fmt: skip
     axes.axhline(1, color="#222222", linewidth=1)
     axes.set_xticks(range(len(methods)), methods)
-    axes.set(ylabel="time of peft / time of fastpeft", ylim=(0, axes.get_ylim()[1] * 1.15))  # room for the legend
+    axes.set(ylabel="time of peft / time of fastpeft", ylim=(0, axes.get_ylim()[1] * 1.25))  # room for the legend
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, loc="upper left", ncols=len(models))
+    axes.legend(fontsize=8, loc="upper left", ncols=2)
     figure.savefig(path)
+
+
+def _configuration(row: dict[str, str]) -> str:
+    parts = [f"{row['model']} shape", f"{row['layers']} layers", f"{row['tokens']} tokens"]
+    parts += [f"dropout {row['dropout']}"] if float(row["dropout"]) else []
+    return ", ".join(parts + (["checkpointing"] if row["checkpointing"] == "true" else []))
 
 
 def roofline(rows: Rows, path: Path) -> None:
@@ -144,12 +150,23 @@ def memory(rows: Rows, path: Path) -> None:
     figure.savefig(path)
 
 
-_STEP_KEYS = ("model", "method", "hidden", "layers")
+_STEP_KEYS = (
+    "model",
+    "method",
+    "hidden",
+    "layers",
+    "tokens",
+    "rank",
+    "dropout",
+    "dtype",
+    "accumulation",
+    "checkpointing",
+)
 _OP_KEYS = ("model", "layer", "pass", "weight", "M", "R", "side")
 PLOTS = {
     "speedup": ("step.csv", _STEP_KEYS, speedup),
     "roofline": ("lora_linear.csv", _OP_KEYS, roofline),
-    "memory": ("memory.csv", ("model", "method"), memory),
+    "memory": ("memory.csv", ("model", "method", "hidden", "tokens", "dropout", "dtype"), memory),
 }
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import micro, peers
+from benchmarks import layers, micro, peers
 from benchmarks.costs import Cost
-from benchmarks.harness import Absent, Case, Outputs, Side
+from benchmarks.harness import Absent, Case, Outputs, Side, gradients
 from fastpeft import ops
 from fastpeft.reference.cross_entropy import cross_entropy as formula
 
@@ -30,30 +30,29 @@ def inputs(device: torch.device, M: int, V: int) -> Inputs:
     return Inputs(logits, torch.randint(0, V, (M,), device=device))
 
 
-def gradients(mean_loss, logits: Tensor, labels: Tensor) -> Outputs:
-    loss = mean_loss(logits, labels)
-    return {"loss": loss.detach(), "dlogits": torch.autograd.grad(loss, logits)[0]}
+def step(mean_loss, logits: Tensor, labels: Tensor) -> Outputs:
+    return gradients(lambda: mean_loss(logits, labels), torch.ones((), device=logits.device), logits=logits)
 
 
 def run_formula(i: Inputs, dtype: torch.dtype | None) -> Outputs:
-    logits = i.logits if dtype is None else i.logits.detach().to(dtype).requires_grad_(True)
-    return gradients(lambda logits, labels: formula(logits, labels).mean(), logits, i.labels)
+    logits = i.logits if dtype is None else layers.leaf(i.logits, dtype)
+    return step(lambda logits, labels: formula(logits, labels).mean(), logits, i.labels)
 
 
 def fastpeft(i: Inputs):
-    return lambda: gradients(lambda logits, labels: ops.cross_entropy(logits, labels).mean(), i.logits, i.labels)
+    return lambda: step(lambda logits, labels: ops.cross_entropy(logits, labels).mean(), i.logits, i.labels)
 
 
 def torch_float32(i: Inputs):
     """As transformers does it: a float32 copy of the logits first."""
-    return lambda: gradients(lambda x, labels: functional.cross_entropy(x.float(), labels), i.logits, i.labels)
+    return lambda: step(lambda x, labels: functional.cross_entropy(x.float(), labels), i.logits, i.labels)
 
 
 _compiled_formula = torch.compile(lambda logits, labels: formula(logits, labels).mean(), dynamic=False)
 
 
 def compiled(i: Inputs):
-    return lambda: gradients(_compiled_formula, i.logits, i.labels)
+    return lambda: step(_compiled_formula, i.logits, i.labels)
 
 
 def liger(i: Inputs):
@@ -62,7 +61,7 @@ def liger(i: Inputs):
     if not i.logits.is_cuda:
         raise Absent("liger-kernel needs a GPU")
     leaf = i.logits.detach().clone().requires_grad_(True)
-    return lambda: gradients(loss, leaf, i.labels)
+    return lambda: step(loss, leaf, i.labels)
 
 
 def cost(M: int, V: int) -> Cost:

@@ -44,6 +44,16 @@ class WrongResult(Exception):
     """A side computed something else than the formula."""
 
 
+def gradients(call: Callable[[], Tensor], dy: Tensor | None, **leaves: Tensor) -> Outputs:
+    """y = call(), and with dy the gradients of `leaves`, as d<name>; without dy a forward that keeps nothing."""
+    if dy is None:
+        with torch.no_grad():
+            return {"y": call()}
+    y = call()
+    found = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}}
+
+
 @dataclass(frozen=True)
 class Side:
     """`prepare(inputs)` does what happens once (packing weights, building modules) and returns the call to time.

@@ -7,7 +7,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import Absent
 from fastpeft import NF4Weight
+
+
+def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same values in `dtype`, collecting gradients where `tensor` does."""
+    return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
 
 def frozen(weight: Tensor, kind: str) -> nn.Module | None:
@@ -35,8 +41,10 @@ def weight_of(weight: Tensor, layer: nn.Module | None, kind: str) -> Tensor | NF
     return NF4Weight.quantize(weight) if layer is None else NF4Weight.from_bnb(layer)
 
 
-def peft_lora(base: nn.Module, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, **options) -> nn.Module:
+def peft_lora(base: nn.Module | None, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, **options) -> nn.Module:
     """peft's own LoRA layer around `base`, with these values of A [R, K] and B [N, R] in `dtype`."""
+    if base is None:
+        raise Absent("bitsandbytes is not installed")
     from peft import LoraConfig, inject_adapter_in_model
 
     R = A.shape[0]

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from benchmarks import layers, micro, peers
 from benchmarks.costs import Cost, nf4_storage_bytes
-from benchmarks.harness import Absent, Case, Outputs, Side
+from benchmarks.harness import Case, Outputs, Side, gradients
 from benchmarks.shapes import DECODE_M, LINEARS, RANKS, TRAINING_M
 from fastpeft import NF4Weight, ops
 from fastpeft.reference.lora_linear import lora_linear as formula
@@ -27,95 +27,76 @@ _BF16, _FP32 = 2, 4  # bytes
 
 @dataclass(frozen=True)
 class Inputs:
-    """x: [M, K] and dy: [M, N] bf16; layer: the frozen nn.Linear or Linear4bit (None where bitsandbytes is absent).
+    """x: [M, K] bf16; dy: [M, N] bf16, None where no gradients are asked for. A: [R, K], B: [N, R] float32.
 
-    weight: the layer's, [N, K]. A: [R, K] and B: [N, R] float32. backward: whether gradients are asked for.
+    layer: the frozen nn.Linear or Linear4bit (None where bitsandbytes is absent); weight: its weight, [N, K].
     """
 
     x: Tensor
-    dy: Tensor
+    dy: Tensor | None
     layer: nn.Module | None
     weight: Tensor | NF4Weight
     A: Tensor
     B: Tensor
-    backward: bool
 
     @property
     def dense(self) -> Tensor:
         return self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize(self.x.dtype)
 
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """x, dy, A and B in another dtype, as new leaves."""
+        x, A, B = (layers.leaf(t, dtype) for t in (self.x, self.A, self.B))
+        return Inputs(x, None if self.dy is None else self.dy.to(dtype), self.layer, self.weight, A, B)
+
 
 def inputs(device: torch.device, M: int, N: int, K: int, R: int, weight: str, backward: bool) -> Inputs:
-    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(torch.bfloat16)
 
     dense = random(N, K) / K**0.5
     layer = layers.frozen(dense, weight)
-    A, B = random(R, K) / K**0.5, random(N, R) / R**0.5
-    return Inputs(
-        x=random(M, K).requires_grad_(backward),
-        dy=random(M, N),
-        layer=layer,
-        weight=layers.weight_of(dense, layer, weight),
-        A=A.float().requires_grad_(backward),
-        B=B.float().requires_grad_(backward),
-        backward=backward,
-    )
+    x, A, B = random(M, K), (random(R, K) / K**0.5).float(), (random(N, R) / R**0.5).float()
+    for leaf in (x, A, B):
+        leaf.requires_grad_(backward)
+    return Inputs(x, random(M, N) if backward else None, layer, layers.weight_of(dense, layer, weight), A, B)
 
 
-def gradients(function, x: Tensor, dy: Tensor, A: Tensor | None, B: Tensor | None, backward: bool) -> Outputs:
-    """y of `function(x, A, B)`, and with `backward` dx, dA, dB; A and B are None for a layer without an adapter."""
-    if not backward:
-        with torch.no_grad():
-            return {"y": function(x, A, B)}
-    leaves = {name: leaf for name, leaf in (("dx", x), ("dA", A), ("dB", B)) if leaf is not None}
-    y = function(x, A, B)
-    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True))
+def over_weight(i: Inputs, weight: Tensor | NF4Weight) -> Outputs:
+    """The formula in i's dtypes."""
+    return gradients(lambda: formula(i.x, weight, i.A, i.B, SCALING), i.dy, x=i.x, A=i.A, B=i.B)
 
 
 def run_formula(i: Inputs, dtype: torch.dtype | None) -> Outputs:
-    def to(tensor: Tensor) -> Tensor:
-        return tensor if dtype is None else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
-
-    weight = to(i.weight) if isinstance(i.weight, Tensor) else i.weight
-    return gradients(lambda x, A, B: formula(x, weight, A, B, SCALING), to(i.x), to(i.dy), to(i.A), to(i.B), i.backward)
+    if dtype is None:
+        return over_weight(i, i.weight)
+    return over_weight(i.to(dtype), i.weight.to(dtype) if isinstance(i.weight, Tensor) else i.weight)
 
 
-def without_adapter(dense: Tensor, i: Inputs) -> Outputs:
-    """What the frozen layer alone gives, in float64."""
-    x = i.x.detach().double().requires_grad_(i.backward)
-    return gradients(lambda x, A, B: linear(x, dense.double()), x, i.dy.double(), None, None, i.backward)
-
-
-def with_adapter(dense: Tensor, i: Inputs) -> Outputs:
-    """The formula over another weight, in float64."""
-    x, A, B = (t.detach().double().requires_grad_(i.backward) for t in (i.x, i.A, i.B))
-    return gradients(lambda x, A, B: formula(x, dense.double(), A, B, SCALING), x, i.dy.double(), A, B, i.backward)
+def without_adapter(i: Inputs, dense: Tensor) -> Outputs:
+    return gradients(lambda: linear(i.x, dense), i.dy, x=i.x)
 
 
 # Sides: each prepares for a set of inputs and returns the call to time.
 
 
 def fastpeft(i: Inputs, backend: str | None = None, dtype: torch.dtype = torch.float32):
-    A, B = (t.detach().to(dtype).requires_grad_(i.backward) for t in (i.A, i.B))
+    A, B = layers.leaf(i.A, dtype), layers.leaf(i.B, dtype)
 
-    def function(x, A, B):
-        return ops.lora_linear(x, i.weight, A, B, SCALING, backend=backend)
+    def y() -> Tensor:
+        return ops.lora_linear(i.x, i.weight, A, B, SCALING, backend=backend)
 
     if backend is not None:
-        micro.require_backend(lambda: function(i.x, A, B))
-    return lambda: gradients(function, i.x, i.dy, A, B, i.backward)
+        micro.require_backend(y)
+    return lambda: gradients(y, i.dy, x=i.x, A=A, B=B)
 
 
 def frozen(i: Inputs):
     dense = i.dense
-    return lambda: gradients(lambda x, A, B: linear(x, dense), i.x, i.dy, None, None, i.backward)
+    return lambda: without_adapter(i, dense)
 
 
 def compiled(i: Inputs):
-    return lambda: gradients(
-        lambda x, A, B: _compiled_formula(x, i.weight, A, B, SCALING), i.x, i.dy, i.A, i.B, i.backward
-    )
+    return lambda: gradients(lambda: _compiled_formula(i.x, i.weight, i.A, i.B, SCALING), i.dy, x=i.x, A=i.A, B=i.B)
 
 
 _compiled_formula = torch.compile(formula, dynamic=False)
@@ -126,7 +107,7 @@ def peft(i: Inputs, dtype: torch.dtype):
 
 
 def unsloth(i: Inputs):
-    return _of_layer(i, torch.float32, peers.unsloth_layer if i.backward else peers.unsloth_decode)
+    return _of_layer(i, torch.float32, peers.unsloth_decode if i.dy is None else peers.unsloth_layer)
 
 
 def axolotl(i: Inputs):
@@ -135,24 +116,36 @@ def axolotl(i: Inputs):
 
 def _of_layer(i: Inputs, dtype: torch.dtype, make):
     """make: a LoRA linear of peft -> a function of x."""
-    if i.layer is None:
-        raise Absent("bitsandbytes is not installed")
     layer = layers.peft_lora(i.layer, i.A, i.B, SCALING, dtype)
     function = make(layer)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return lambda: gradients(lambda x, A, B: function(x), i.x, i.dy, A, B, i.backward)
+    return lambda: gradients(lambda: function(i.x), i.dy, x=i.x, A=A, B=B)
 
 
 def torchao(i: Inputs):
     weight, nf4_linear = peers.torchao_nf4(i.dense)
-    return lambda: gradients(
-        lambda x, A, B: peers.plain_lora(nf4_linear(x, weight), x, A, B, SCALING), i.x, i.dy, i.A, i.B, i.backward
-    )
+
+    def y() -> Tensor:
+        return peers.plain_lora(nf4_linear(i.x, weight), i.x, i.A, i.B, SCALING)
+
+    return lambda: gradients(y, i.dy, x=i.x, A=i.A, B=i.B)
 
 
 def gemlite(i: Inputs):
     layer = peers.gemlite_int4(i.dense)
-    return lambda: gradients(lambda x, A, B: layer(x), i.x, i.dy, None, None, False)
+    return lambda: gradients(lambda: layer(i.x), None)
+
+
+def _float64(i: Inputs) -> Inputs:
+    return i.to(torch.float64)
+
+
+def _torchao_exact(i: Inputs) -> Outputs:
+    return over_weight(_float64(i), peers.torchao_dequantized(i.dense).double())
+
+
+def _gemlite_exact(i: Inputs) -> Outputs:
+    return without_adapter(_float64(i), peers.gemlite_dequantized(i.dense))
 
 
 def sides(weight: str, backward: bool, compile_too: bool) -> list[Side]:
@@ -160,7 +153,7 @@ def sides(weight: str, backward: bool, compile_too: bool) -> list[Side]:
     found += [Side(f"fastpeft, {name}", partial(fastpeft, backend=name)) for name in ("cuda", "triton", "eager")]
     found += [
         Side("fastpeft, bf16 adapter", partial(fastpeft, dtype=torch.bfloat16)),
-        Side("frozen layer, bf16, no adapter", frozen, exact=lambda i: without_adapter(i.dense, i)),
+        Side("frozen layer, bf16, no adapter", frozen, lambda i: without_adapter(_float64(i), i.dense.double())),
     ]
     stock = "peft" if weight == "dense" else "peft + bitsandbytes"
     found += [
@@ -172,11 +165,9 @@ def sides(weight: str, backward: bool, compile_too: bool) -> list[Side]:
     found.append(Side("unsloth", unsloth, peer=True))
     found.append(Side("axolotl", axolotl, peer=True))
     if weight == "nf4":
-        exact = lambda i: with_adapter(peers.torchao_dequantized(i.dense), i)  # noqa: E731
-        found.append(Side("torchao nf4", torchao, exact=exact, peer=True))
+        found.append(Side("torchao nf4", torchao, _torchao_exact, peer=True))
         if not backward:
-            exact = lambda i: without_adapter(peers.gemlite_dequantized(i.dense), i)  # noqa: E731
-            found.append(Side("gemlite int4, no adapter", gemlite, exact=exact, peer=True))
+            found.append(Side("gemlite int4, no adapter", gemlite, _gemlite_exact, peer=True))
             found.append(Side("flute", peers.flute, peer=True))
     return found
 

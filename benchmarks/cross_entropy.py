@@ -56,7 +56,7 @@ def compiled(i: Inputs):
 
 
 def liger(i: Inputs):
-    """It writes the gradient over the logits: these are a copy."""
+    """It writes the gradient over the logits: these are a copy, and hold gradients from the second call on."""
     loss = peers.module("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss()
     if not i.logits.is_cuda:
         raise Absent("liger-kernel needs a GPU")

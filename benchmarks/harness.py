@@ -83,8 +83,8 @@ class Case:
 
     @property
     def title(self) -> str:
-        return ", ".join(str(value) if isinstance(value, str) else f"{name}={value}"
-                         for name, value in self.labels.items())  # fmt: skip
+        labels = ((name, value) for name, value in self.labels.items() if value != "")
+        return ", ".join(value if isinstance(value, str) else f"{name}={value}" for name, value in labels)
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,14 @@ class Device:
     def _capture(self, call: Call, passes: int) -> Call:
         stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # what a library sets up once for a stream must not happen in the capture
-            call()
+        # What a library sets up once for a stream must not happen in the capture; and a call that waits for the device
+        # must not spoil one: PyTorch's allocator does not recover from that.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(stream):
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         current.wait_stream(stream)
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -272,7 +278,7 @@ def measure(case: Case, device: Device, timing: Timing, ceiling: Ceilings) -> li
     sides, notes = check(case)
     # Twice the cache, so that a set is long gone when its turn comes again; at least two.
     sets = min(max(2, -(-2 * device.cache_bytes // case.cost.read_bytes)), timing.sets)
-    inputs = [case.inputs() for _ in range(sets)]
+    inputs = [case.inputs() for _ in range(sets)]  # fresh ones again, so that nothing depends on what was checked
     runs = {side.name: _one_after_the_other([side.prepare(each) for each in inputs]) for side in sides}
     groups = _by_timer(runs, device, notes) if device.is_cuda else {"clock": runs}
     ours = case.sides[0].name

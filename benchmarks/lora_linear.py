@@ -79,11 +79,11 @@ def without_adapter(i: Inputs, dense: Tensor) -> Outputs:
 # Sides: each prepares for a set of inputs and returns the call to time.
 
 
-def fastpeft(i: Inputs, backend: str | None = None, dtype: torch.dtype = torch.float32):
+def fastpeft(i: Inputs, backend: str | None = None, dtype: torch.dtype = torch.float32, fold: bool = False):
     A, B = layers.leaf(i.A, dtype), layers.leaf(i.B, dtype)
 
     def y() -> Tensor:
-        return ops.lora_linear(i.x, i.weight, A, B, SCALING, backend=backend)
+        return ops.lora_linear(i.x, i.weight, A, B, SCALING, fold=fold, backend=backend)
 
     if backend is not None:
         micro.require_backend(y)
@@ -152,6 +152,7 @@ def sides(weight: str, backward: bool, compile_too: bool) -> list[Side]:
     found = [Side("fastpeft", fastpeft)]
     found += [Side(f"fastpeft, {name}", partial(fastpeft, backend=name)) for name in ("cuda", "triton", "eager")]
     found += [
+        Side("fastpeft, folded", partial(fastpeft, fold=True)),
         Side("fastpeft, bf16 adapter", partial(fastpeft, dtype=torch.bfloat16)),
         Side("frozen layer, bf16, no adapter", frozen, lambda i: without_adapter(_float64(i), i.dense.double())),
     ]

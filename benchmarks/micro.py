@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,14 +47,15 @@ def main(op: str, cases: Cases, argv: list[str] | None = None) -> None:
     ceiling = ceilings(device, timing)
     print(f"{op} on {environment['device']}, commit {environment['commit']}: copy {ceiling.copy_bytes_per_s / 1e9:.4g} "
           f"GB/s, bf16 matrix product {ceiling.matmul_ops_per_s / 1e12:.4g} TFLOP/s")  # fmt: skip
-    wrong = []
+    failed = []
     for case in cases(args.suite, device.device):
         case = _chosen(case, args.only)
         try:
             rows = measure(case, device, timing, ceiling)
-        except WrongResult as error:
-            wrong.append(str(error))
-            print(f"\nWRONG RESULT, not timed: {error}", flush=True)
+        except Exception as error:
+            failed.append(case.title)
+            reason = f"wrong result: {error}" if isinstance(error, WrongResult) else traceback.format_exc()
+            print(f"\nNOT TIMED: {case.title}: {reason}", flush=True)
             continue
         finally:
             torch.compiler.reset()  # torch.compile gives up on a function of too many shapes
@@ -63,8 +65,8 @@ def main(op: str, cases: Cases, argv: list[str] | None = None) -> None:
         for row in rows:
             append_csv(args.out, environment | state | {"op": op, "suite": args.suite} | row)
         _show(case, rows)
-    if wrong:
-        sys.exit(f"{len(wrong)} cases with a wrong result")
+    if failed:
+        sys.exit(f"{len(failed)} cases were not timed: {'; '.join(failed)}")
 
 
 def _chosen(case: Case, only: list[str] | None) -> Case:

@@ -45,10 +45,13 @@ def tests(out: Path) -> list[str]:
 
 
 def sanitizer(out: Path) -> list[str]:
-    log = out / "sanitize.log"
-    text = log.read_text(errors="replace") if log.exists() else ""
-    found = re.findall(r"^=+ (?:ERROR|RACECHECK) SUMMARY:.*", text, re.M)
-    return [f"- {line.strip('= ')}" for line in found] or ["No report."]
+    lines = []
+    for tool in ("memcheck", "racecheck"):
+        log = out / f"{tool}.log"
+        text = log.read_text(errors="replace") if log.exists() else ""
+        found = re.findall(r"^=+ (.* SUMMARY:.*)", text, re.M) + re.findall(r"^\d+ (?:passed|failed).*", text, re.M)
+        lines.append(f"- {tool}: {'; '.join(found) or 'no report'}")
+    return lines
 
 
 def main() -> None:

@@ -157,6 +157,54 @@ def test_times_are_those_of_one_call_over_rotating_inputs(monkeypatch):
     assert row["fraction"] == pytest.approx(800 / 1e10 * 1e3 / row["ms_p50"], rel=1e-2)
 
 
+class FakeGpu(Device):
+    """Times like a CPU; `capturing` is True while a call is captured."""
+
+    is_cuda = True
+    cache_bytes = 700
+    capturing = False
+
+    def elapsed_ms(self, call, repeats):
+        return CPU.elapsed_ms(call, repeats)
+
+    def synchronize(self):
+        pass
+
+    def captured(self, run):
+        FakeGpu.capturing = True
+        try:
+            run.call()
+        finally:
+            FakeGpu.capturing = False
+        return Run(lambda: [run.call() for _ in range(3)], 3 * run.count)
+
+
+def waiting(x):
+    """As something that asks the device for a value, and so cannot be captured."""
+
+    def call():
+        if FakeGpu.capturing:
+            raise RuntimeError("it waits for the device\nand says more")
+        return {"y": x + x}
+
+    return call
+
+
+def test_what_cannot_be_captured_is_timed_beside_a_call_of_ours():
+    device = FakeGpu(torch.device("cpu"))
+    case = toy_case(RIGHT, replace(RIGHT, name="other"), Side("waiting", waiting))
+    rows = {row["side"]: row for row in harness.measure(case, device, TIMING, CEILINGS)}
+    assert [row["timer"] for row in rows.values()] == ["graph", "graph", "events"]
+    assert rows["waiting"]["note"] == "no CUDA graph: it waits for the device" and rows["waiting"]["ratio"] > 0
+    assert rows["right"]["ratio"] == 1 and rows["right"]["note"] == ""
+
+
+def test_a_graph_is_never_compared_with_a_call():
+    device = FakeGpu(torch.device("cpu"))
+    rows = harness.measure(toy_case(Side("fastpeft", waiting), RIGHT), device, TIMING, CEILINGS)
+    assert [row["timer"] for row in rows] == ["events", "events"]
+
+
 def test_the_floor_is_that_of_the_slower_unit():
     assert CEILINGS.floor_ms(Cost(5 * 10**9, 5 * 10**9, 0, 10**10)) == pytest.approx(1000)
     assert CEILINGS.floor_ms(Cost(5 * 10**8, 5 * 10**8, 0, 10**11)) == pytest.approx(1000)
@@ -197,9 +245,11 @@ def test_a_wrong_result_is_the_exit_status(monkeypatch, tmp_path):
     monkeypatch.setattr(micro, "ceilings", lambda device, timing: CEILINGS)
     wrong = toy_case(Side("fastpeft", lambda x: lambda: {"y": 3 * x}))
     arguments = ["--suite", "smoke", "--device", "cpu", "--out", str(tmp_path / "toy.csv")]
-    with pytest.raises(SystemExit, match="1 cases with a wrong result"):
-        micro.main("toy", lambda suite, device: [wrong], arguments)
-    assert not (tmp_path / "toy.csv").exists()
+    monkeypatch.setattr(micro, "SMOKE", TIMING)
+    right = replace(toy_case(RIGHT), labels={"M": 7})
+    with pytest.raises(SystemExit, match="1 cases were not timed: M=100"):
+        micro.main("toy", lambda suite, device: [wrong, right], arguments)
+    assert [row["M"] for row in read_csv(tmp_path / "toy.csv")] == ["7"]
 
 
 def test_a_csv_keeps_its_columns(tmp_path):
@@ -236,6 +286,11 @@ def test_every_case_of_a_suite_has_sizes_and_a_cost(suite):
         cases = list(lora_linear.cases(suite, torch.device(device)))
         assert cases and len({case.title for case in cases}) == len(cases)
         assert all(case.cost.bytes > 0 and case.sides[0].name == "fastpeft" for case in cases)
+
+
+def test_ops_are_found_by_their_name():
+    assert {"lora_linear", "nf4", "cross_entropy"} <= set(run.OPS) and run.EVERY[0] == "lora_linear"
+    assert not {"__init__", "step", "harness"} & set(run.OPS)
 
 
 def test_methods_that_need_bitsandbytes_are_left_out_without_it(monkeypatch):

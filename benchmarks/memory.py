@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,22 +37,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class _Saved:
+    """What stands for a tensor in the graph: it lives as long as autograd keeps the tensor."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(function: Callable[[], object], module: nn.Module) -> int:
-    """Bytes that `function` makes autograd keep, without what belongs to `module`."""
+    """Bytes that autograd keeps when `function` has returned, without what belongs to `module`."""
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    saved: dict[int, int] = {}
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # The tensor stays alive with the graph, so that its address cannot be given to another one.
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: torch.Tensor) -> _Saved:
+        kept = _Saved(tensor)
+        saved.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         result = function()
+    storages = [kept.tensor.untyped_storage() for kept in saved]
+    found = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in own}
     del result
-    return sum(saved.values())
+    return sum(found.values())
 
 
 def peak_bytes(function: Callable[[], object], device: Device) -> int:

@@ -313,6 +313,8 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     # The layer keeps x for its weight's gradient and the square its input, twice the same storage.
     assert memory.saved_bytes(lambda: linear(x).square().sum(), linear) == 4 * 10 * 64 + 4 * 10 * 32
     assert memory.saved_bytes(lambda: linear.weight.square().sum(), linear) == 0
+    # A part of the graph that is dropped, as a norm that is detached, is not kept.
+    assert memory.saved_bytes(lambda: x + linear(x).square().sum().detach(), linear) == 0
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():

@@ -230,7 +230,7 @@ cudaError_t run(const LoraAddParams& p, cudaStream_t stream) {
 
 cudaError_t lora_add(const LoraAddParams& p, cudaStream_t stream) {
   if (!lora::is_valid(p.dtype, p.adapter_dtype, p.M, p.N, p.R, nullptr)) return cudaErrorInvalidValue;
-  if (p.M == 0 || p.N == 0) return cudaSuccess;  // what is empty has no address
+  if (p.M == 0 || p.N == 0) return cudaSuccess;  // pointers may be null
   const bool drops = p.seed != nullptr && p.dropout_p > 0;
   if ((p.gain != nullptr) != (p.out != nullptr) || (p.gain && (p.transposed || drops))) return cudaErrorInvalidValue;
   if (p.R == 0 && !p.gain) return cudaSuccess;

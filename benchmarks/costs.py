@@ -153,11 +153,26 @@ def lora_up_grad(M: int, N: int, R: int, itemsize: int) -> Cost:
     )
 
 
-def lora_add(M: int, N: int, R: int, itemsize: int) -> Cost:
-    """y += scale * xa B^T."""
+def dora_linear_add(M: int, N: int, itemsize: int, operands: int = 2) -> Cost:
+    """out = keep * gain * x + offset, of `operands` matrices, one or two."""
     return Cost(
-        read_bytes=(M * N + M * R + N * R) * itemsize,
+        read_bytes=operands * M * N * itemsize + N * _FLOAT,
         written_bytes=M * N * itemsize,
         cuda_core_ops=2 * M * N,
+    )
+
+
+def dora_linear_gain_grad(M: int, N: int, itemsize: int) -> Cost:
+    """d_gain = sum of dy * z over the tokens."""
+    return Cost(read_bytes=2 * M * N * itemsize, written_bytes=N * _FLOAT, cuda_core_ops=2 * M * N)
+
+
+def lora_add(M: int, N: int, R: int, itemsize: int, gain: bool = False) -> Cost:
+    """y += scale * xa B^T; with DoRA's gain out = gain * y + bias too."""
+    outputs = 2 if gain else 1
+    return Cost(
+        read_bytes=(M * N + M * R + N * R) * itemsize + (N * (_FLOAT + itemsize) if gain else 0),
+        written_bytes=outputs * M * N * itemsize,
+        cuda_core_ops=2 * outputs * M * N,
         tensor_core_ops=2 * M * N * R,
     )

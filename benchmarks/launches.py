@@ -158,7 +158,31 @@ def _dora_norm_launch(kernels, weight, adapter, blocksize, K, R, aligned, factor
     return partial(kernels.dora_norm, storage, A, B, 2.0, scaling, norm)
 
 
-TRITON: dict[str, Callable[..., Launches]] = {"nf4": _nf4, "dora_norm": _dora_norm, "lora_linear": _lora_linear}
+def _dora_linear(kernels) -> Launches:
+    # What add leaves out (gain, offset, the mask) and what is a row or a matrix; then rows that no vector divides.
+    parts = [dict(gain=True, offset="row", keep=False), dict(gain=True, offset="matrix", keep=True)]
+    parts += [dict(gain=False, offset=None, keep=True), dict(gain=True, offset=None, keep=False)]
+    cases = [dict(dtype=dtype, N=4096) | part for dtype, part in product(("bf16", "fp16"), parts)]
+    cases += [case | dict(N=1001) for case in cases[:2]]
+    for case in cases:
+        dtype, N = _DTYPES[case["dtype"]], case["N"]
+        x, row = torch.empty(8192, N, dtype=dtype, device="meta"), torch.empty(N, dtype=dtype, device="meta")
+        gain, seed = row.float() if case["gain"] else None, row[:1].long() if case["keep"] else None
+        offset = {"row": row, "matrix": x, None: None}[case["offset"]]
+        launch = partial(kernels.dora_linear_add, x, gain, offset, seed, 0.1 if case["keep"] else 0.0, x)
+        yield f"dora_linear_add {_case(**case)}", launch
+    for dtype, M, N in (("bf16", 8192, 4096), ("fp16", 8192, 4096), ("bf16", 8192, 1001), ("bf16", 16, 4096)):
+        x, gain = torch.empty(M, N, dtype=_DTYPES[dtype], device="meta"), torch.empty(N, device="meta")
+        case = _case(dtype=dtype, M=M, N=N)
+        yield f"dora_linear_gain_grad {case}", partial(kernels.dora_linear_gain_grad, x, x, gain)
+
+
+TRITON: dict[str, Callable[..., Launches]] = {
+    "nf4": _nf4,
+    "dora_norm": _dora_norm,
+    "dora_linear": _dora_linear,
+    "lora_linear": _lora_linear,
+}
 
 # CUDA kernel instances (a regular expression) -> bytes of dynamic shared memory that their launcher asks for, which the
 # machine code does not say. tests/ops/test_lora_kernels.py compares them with what is launched.

@@ -37,7 +37,7 @@ _RULES = {
 
 # Elements of the weight that are in work at a time: 1 MB of float32, which stays in the second-level caches of a CPU
 # and is little beside any weight.
-_BLOCK = 2**18
+_BLOCK = 2**19
 
 
 def dora_norm(

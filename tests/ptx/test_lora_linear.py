@@ -1,5 +1,5 @@
-"""The kernels of lora_linear and dora_linear, as nvcc compiles them, through their own launchers. Few shapes: this is about the
-instructions that no C++ compiler of a host sees; tests/ops/test_lora_kernels.py has the rest."""
+"""The kernels of lora_linear and dora_linear, as nvcc compiles them, through their own launchers. Few shapes: this is
+about the instructions that no C++ compiler of a host sees; tests/ops/test_lora_kernels.py has the rest."""
 
 import torch
 

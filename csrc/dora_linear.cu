@@ -27,12 +27,13 @@ constexpr int kCtaRows = kWarps * kRows;
 static_assert(kColumns == kThreads);
 
 // Elements column to column + 7 of a row. VECTORS: rows are whole aligned vectors; otherwise they are accessed by the
-// element. Past the last column a vector repeats the last one and an element is zero.
+// element. Zero past the last row or column: another thread may be writing there what a clamped access would read.
 template <class T, bool VECTORS>
 __device__ __forceinline__ uint4 load(const Matrix<T>& matrix, int row, int column) {
+  if (row >= matrix.rows || column >= matrix.columns) return make_uint4(0, 0, 0, 0);
   const T* const from = matrix.data + static_cast<int64_t>(row) * matrix.columns;
   if constexpr (VECTORS) {
-    return *reinterpret_cast<const uint4*>(from + min(column, matrix.columns - kVector));
+    return *reinterpret_cast<const uint4*>(from + column);
   } else {
     alignas(16) T x[kVector];
 #pragma unroll
@@ -79,14 +80,13 @@ __global__ void __launch_bounds__(kThreads) dora_linear_add_kernel(AddArguments<
   const int column = static_cast<int>(blockIdx.x % p.slices) * kColumns + lane * kVector;
   const int row0 = static_cast<int>(blockIdx.x / p.slices) * kCtaRows + warp;
   const int M = p.x.rows, N = p.x.columns;
-  const auto row_of = [&](int i) { return min(row0 + i * kWarps, M - 1); };
 
   uint4 x[kRows], offset[kRows] = {};
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) x[i] = load<T, VECTORS>(p.x, row_of(i), column);
+  for (int i = 0; i < kRows; ++i) x[i] = load<T, VECTORS>(p.x, row0 + i * kWarps, column);
   if (p.offset.data) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) offset[i] = load<T, VECTORS>(p.offset, row_of(i), column);
+    for (int i = 0; i < kRows; ++i) offset[i] = load<T, VECTORS>(p.offset, row0 + i * kWarps, column);
   }
   float gain[kVector];
 #pragma unroll

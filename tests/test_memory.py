@@ -78,7 +78,7 @@ def trained(config, method):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     report = fastpeft.accelerate(model)
-    if method not in ("full",) and not report.fused:
+    if method != "full" and not report.fused:
         pytest.skip(f"accelerate leaves {method} to peft, which is not what is estimated")
     return model.train()
 
@@ -129,6 +129,9 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (LLAMA, "qlora", 4, 64, True),
         (LLAMA, "dora", 2, 128, False),
         (LLAMA, "dora", 2, 128, True),
+        (LLAMA, "qdora", 1, 256, False),
+        (LLAMA, "ia3", 2, 128, False),
+        (LLAMA, "ia3", 2, 128, True),
         (LLAMA, "full", 4, 64, False),
         (LLAMA, "full", 1, 16, False),  # gradients outweigh activations
         (LLAMA, "full", 2, 128, True),

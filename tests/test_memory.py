@@ -64,23 +64,34 @@ def peft_config(method, config):
     return peft.PromptEncoderConfig(**positions)
 
 
-def trained(config, method):
-    """As finetune makes it: a base in bf16 or nf4, and everything that trains in float32."""
+def adapted(model, config, method):
     from peft import get_peft_model
 
-    model = auto(config)
-    if method != "full":
-        model = model.to(torch.bfloat16)
-        if METHODS[method].four_bits:
-            models.quantize(model, torch.bfloat16)
-        model = get_peft_model(model, peft_config(method, config))
+    if method.startswith("adapter-"):
+        bottlenecks = pytest.importorskip("fastpeft.nn.bottleneck_model", reason="no bottleneck adapters yet")
+        placement = method.removeprefix("adapter-")
+        bottlenecks.add_bottleneck(model, bottlenecks.BottleneckConfig(placement=placement, r=OPTIONS.bottleneck))
+        fastpeft.accelerate(model)
+        return model
+    model = get_peft_model(model, peft_config(method, config))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    report = fastpeft.accelerate(model)
-    if method != "full" and not report.fused:
+    if not fastpeft.accelerate(model).fused:
         pytest.skip(f"accelerate leaves {method} to peft, which is not what is estimated")
-    return model.train()
+    return model
+
+
+def trained(config, method):
+    """As finetune makes it: a base in bf16 or nf4, and everything that trains in float32."""
+    model = auto(config)
+    if method == "full":
+        fastpeft.accelerate(model)
+        return model.train()
+    model = model.to(torch.bfloat16)
+    if METHODS[method].four_bits:
+        models.quantize(model, torch.bfloat16)
+    return adapted(model, config, method).train()
 
 
 def storage(model):
@@ -132,6 +143,8 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (LLAMA, "qdora", 1, 256, False),
         (LLAMA, "ia3", 2, 128, False),
         (LLAMA, "ia3", 2, 128, True),
+        (LLAMA, "adapter-houlsby", 2, 128, False),
+        (LLAMA, "adapter-houlsby", 2, 128, True),
         (LLAMA, "full", 4, 64, False),
         (LLAMA, "full", 1, 16, False),  # gradients outweigh activations
         (LLAMA, "full", 2, 128, True),

@@ -542,11 +542,11 @@ def estimate(
         copies = HALF * sum(linear.K * linear.N for linear in group.linears) if full else 0
         whole = tokens * (group.kept_full if full else group.kept + way.kept(group, options)) + copies
         dense = HALF * max(linear.K * linear.N for linear in group.linears) if four_bits else 0
-        layers.append((group.count, whole, tokens * group.work + dense))
-    kept = [tokens * stream + RNG_STATE if gradient_checkpointing else whole for _, whole, _ in layers]
-    again = max(whole for _, whole, _ in layers) if gradient_checkpointing else 0
-    work = max(work for *_, work in layers)
-    all_kept = sum(count * bytes for (count, *_), bytes in zip(layers, kept, strict=True))
+        layers.append((whole, tokens * group.work + dense))
+    kept = [tokens * stream + RNG_STATE if gradient_checkpointing else whole for whole, _ in layers]
+    again = max(whole for whole, _ in layers) if gradient_checkpointing else 0
+    work = max(work for _, work in layers)
+    all_kept = sum(group.count * size for group, size in zip(shape.layers, kept, strict=True))
 
     logits = tokens * HALF * shape.vocab
     buffer = min(tokens * FLOAT * shape.vocab, max(LOSS_BUFFER[device], FLOAT * shape.vocab))

@@ -248,7 +248,7 @@ def for_latency(shape: Shape, method: Method, estimate: Estimate, settings: Sett
         return 1, "merged into 4 bits it loses accuracy, and beside them it costs small products in every layer"
     if method.changes == "input":
         return 1, f"{settings.options.positions} more positions for every token to attend to"
-    return 2, "two more products in series in every layer; 20 to 30% at batch 1 (Hu et al., 2021, table 1)"
+    return 2, "two more products in every layer; in series 20 to 30% at batch 1 (Hu et al., 2021, table 1)"
 
 
 GOALS = {

@@ -2,6 +2,7 @@
 
 from fastpeft.nn.adapter_files import load_adapter, save_adapter
 from fastpeft.nn.convert import convert
+from fastpeft.nn.dora import DoRALinear
 from fastpeft.nn.lora import LoRALinear
 
-__all__ = ["LoRALinear", "convert", "load_adapter", "save_adapter"]
+__all__ = ["DoRALinear", "LoRALinear", "convert", "load_adapter", "save_adapter"]

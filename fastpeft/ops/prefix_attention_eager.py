@@ -1,0 +1,366 @@
+"""The eager backend of prefix_attention: torch's flash attention and a merge, or blocks of rows with plain products.
+
+Flash: torch's own op attends over the real keys and returns the log-sum-exp; the prefix is a small product beside it,
+and both are merged in float32. In backward torch's op gets the merged output and log-sum-exp, so that its gradients are
+those of the joint softmax. Blocks: where torch's op cannot (padding, windows, softcap) or is slower. A block of query
+rows has the scores of prefix and real keys side by side in one buffer, so that one softmax serves both.
+
+No tensor of S x (P + T) elements is made: temporaries are bounded by `_BLOCK_ELEMENTS`, or by 32 rows of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# Elements of the scores of one block. On a CPU half a mebibyte of float32 for each thread, half of a common
+# second-level cache; on a GPU large against a launch (modelled).
+_BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
+_LEAST_ROWS = 32
+
+# From so many keys on torch's flash attention is as fast on a CPU as blocks; see benchmarks/prefix_attention.py.
+_FLASH_FROM_KEYS_ON_CPU = 1024
+
+
+class Form(NamedTuple):
+    """The numbers of an attention: everything but its tensors."""
+
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> tuple[Tensor, Tensor]:
+    """Returns out [B, H, S, D] in q's dtype, a token's heads side by side, and lse [B, H, S] in at least float32."""
+    out = torch.empty_permuted(q.shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+        _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse)
+    else:
+        for i in _documents(cu_seqlens):
+            real = q[:, :, i], k[:, :, i], v[:, :, i]
+            _block_forward(*real, prefix_k, prefix_v, key_padding_mask, form, out[:, :, i], lse[:, :, i])
+    return out, lse
+
+
+def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, out, lse, form) -> list[Tensor]:
+    """Returns dq, dk, dv, dprefix_k, dprefix_v; the last two summed over batch and group, in at least float32."""
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    dprefix = [torch.zeros(t.shape, dtype=_wide(q.dtype), device=q.device) for t in (prefix_k, prefix_v)]
+    grads = [dq, dk, dv, *dprefix]
+    if out.numel() == 0:
+        return [grad.zero_() for grad in grads]
+    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+        _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse, grads)
+    else:
+        for i in _documents(cu_seqlens):
+            real = [t[:, :, i] for t in (dout, q, k, v)]
+            into = [t[:, :, i] for t in (dq, dk, dv)]
+            _block_backward(*real, prefix_k, prefix_v, key_padding_mask, form, [*into, *dprefix])
+    return grads
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _documents(cu_seqlens: Tensor | None) -> list[slice]:
+    """The rows of each document. Reads cu_seqlens on the host, which torch's flash attention on a GPU does not."""
+    if cu_seqlens is None:
+        return [slice(None)]
+    bounds = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+
+
+# Products of 16-bit tensors
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in at least float32, [N, R, K] x [N, K, C]."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    wide = _wide(a.dtype)
+    return torch.bmm(a.to(wide), b.to(wide))
+
+
+def _product_dtype(t: Tensor) -> torch.dtype:
+    """In which dtype rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it."""
+    if t.device.type == "cpu":
+        if t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.float32
+        if t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return torch.float32
+    return t.dtype
+
+
+# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i.
+
+
+class _Block(NamedTuple):
+    """Rows of some sequences, and the columns that any of them may see."""
+
+    batch: slice
+    rows: slice
+    columns: slice
+
+
+def _blocks(q: Tensor, k: Tensor, P: int, form: Form) -> Iterator[tuple[slice, list[_Block]]]:
+    """Sequences that are worked on together, with the blocks of their rows."""
+    (B, H, S, _), T = q.shape, k.shape[2]
+    budget = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS["cuda"])
+    if q.device.type == "cpu":
+        budget *= torch.get_num_threads()
+    together = min(B, max(1, budget // (H * S * (P + T))))
+    rows = S if together > 1 else min(S, max(_LEAST_ROWS, budget // (H * (P + T))))
+    for b in range(0, B, together):
+        batch = slice(b, min(b + together, B))
+        yield batch, [_block(batch, slice(i, min(i + rows, S)), P, T, S, form) for i in range(0, S, rows)]
+
+
+def _block(batch: slice, rows: slice, P: int, T: int, S: int, form: Form) -> _Block:
+    first, last = (P + T - S + row for row in (rows.start, rows.stop - 1))
+    start = 0 if form.window is None else max(0, first - form.window + 1)
+    return _Block(batch, rows, slice(start, last + 1 if form.causal else P + T))
+
+
+def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, Hkv, P + T, D] in `dtype`: the prefix before each of the n sequences of a block."""
+    n, Hkv, T, D = real.shape
+    P = prefix.shape[1]
+    joined = torch.empty(n, Hkv, P + T, D, dtype=dtype, device=real.device)
+    joined[:, :, :P] = prefix
+    joined[:, :, P:] = real
+    return joined.view(n * Hkv, P + T, D)
+
+
+def _rows_of(t: Tensor, block: _Block, Hkv: int, dtype: torch.dtype) -> Tensor:
+    """[n * Hkv, G * rows, D] in `dtype`: the rows of the heads that share a key."""
+    t = t[block.batch, :, block.rows]
+    n, H, rows, D = t.shape
+    return t.to(dtype).reshape(n * Hkv, H // Hkv * rows, D)
+
+
+def _scores(queries: Tensor, keys: Tensor, block: _Block, P: int, T: int, S: int, mask, form: Form) -> Tensor:
+    """[n * Hkv, G * rows, columns] in at least float32; -inf where a row does not see a column. queries: scaled."""
+    scores = torch.bmm(queries, keys[:, block.columns].transpose(1, 2))
+    if form.softcap is not None:
+        scores.div_(form.softcap).tanh_().mul_(form.softcap)
+    first, rows = P + T - S + block.rows.start, block.rows.stop - block.rows.start
+    start, stop = block.columns.start, block.columns.stop
+    n = block.batch.stop - block.batch.start
+    heads = scores.view(n, -1, rows, stop - start)  # the rows of one head are adjacent
+    row = torch.arange(rows, device=scores.device).unsqueeze(1)
+    if form.causal and rows > 1:
+        column = torch.arange(rows, device=scores.device)
+        heads[..., first - start :].masked_fill_(column > row, float("-inf"))
+    if form.window is not None and first + rows - 1 - start >= form.window:
+        column = torch.arange(start, min(stop, first + rows - form.window), device=scores.device)
+        heads[..., : len(column)].masked_fill_(column <= row + (first - form.window), float("-inf"))
+    if mask is not None and stop > P:
+        shown = slice(max(start, P), stop)
+        hidden = ~mask[block.batch, shown.start - P : shown.stop - P]
+        heads[..., shown.start - start :].masked_fill_(hidden[:, None, None], float("-inf"))
+    return scores
+
+
+def _softmax(scores: Tensor, may_be_empty: bool) -> Tensor:
+    weights = torch.softmax(scores, -1)
+    return weights.nan_to_num_(0.0) if may_be_empty else weights
+
+
+def _block_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
+    (_, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]
+    wide, low = _wide(q.dtype), _product_dtype(q)
+    may_be_empty = mask is not None and form.window is not None  # else a row sees the prefix or itself
+    for batch, blocks in _blocks(q, k, P, form):
+        keys, values = _joined(prefix_k, k[batch], wide), _joined(prefix_v, v[batch], low)
+        for block in blocks:
+            queries = _rows_of(q, block, Hkv, wide) * form.scale
+            scores = _scores(queries, keys, block, P, T, S, mask, form)
+            weights = _softmax(scores, may_be_empty)
+            # The weight of the largest score is exp(largest - lse).
+            largest, weight = scores.amax(-1), weights.amax(-1)
+            block_lse = torch.where(weight > 0, largest - weight.log(), largest)
+            product = torch.bmm(weights.to(low), values[:, block.columns])
+            rows = out[batch, :, block.rows]
+            rows.copy_(product.view(rows.shape))
+            lse[batch, :, block.rows] = block_lse.view(rows.shape[:3])
+
+
+def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> None:
+    (_, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]
+    dq, dk, dv, dprefix_k, dprefix_v = grads
+    wide, low = _wide(q.dtype), _product_dtype(q)
+    may_be_empty = mask is not None and form.window is not None
+    for batch, blocks in _blocks(q, k, P, form):
+        keys, values = _joined(prefix_k, k[batch], low), _joined(prefix_v, v[batch], wide)
+        wide_keys = keys.to(wide)
+        dkeys, dvalues = torch.zeros_like(wide_keys), torch.zeros_like(values)
+        for block in blocks:
+            columns = block.columns
+            queries, douts = _rows_of(q, block, Hkv, low), _rows_of(dout, block, Hkv, low)
+            scores = _scores(queries.to(wide) * form.scale, wide_keys, block, P, T, S, mask, form)
+            weights = _softmax(scores, may_be_empty)
+            dweights = torch.bmm(douts.to(wide), values[:, columns].transpose(1, 2))
+            dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
+            if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
+                dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
+            dscores = dscores.to(low)
+            rows = dq[batch, :, block.rows]
+            rows.copy_(torch.bmm(dscores, keys[:, columns]).mul_(form.scale).view(rows.shape))
+            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries)
+            dvalues[:, columns] += torch.bmm(weights.to(low).transpose(1, 2), douts)
+        dkeys, dvalues = dkeys.mul_(form.scale).view(-1, Hkv, P + T, D), dvalues.view(-1, Hkv, P + T, D)
+        dk[batch], dv[batch] = dkeys[:, :, P:], dvalues[:, :, P:]
+        dprefix_k += dkeys[:, :, :P].sum(0)
+        dprefix_v += dvalues[:, :, :P].sum(0)
+
+
+# Flash
+
+
+def _flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
+    """Whether torch's flash attention can attend over the real keys, and is the faster way."""
+    S, T, D = q.shape[2], k.shape[2], q.shape[3]
+    if form.softcap is not None or form.window is not None or (form.causal and S not in (1, T)):
+        return False
+    if q.device.type == "cpu":
+        if S == 1:  # decoding reads the cache where it lies
+            return cu_seqlens is None
+        return mask is None and cu_seqlens is None and T >= _FLASH_FROM_KEYS_ON_CPU
+    if q.device.type == "cuda":
+        return mask is None and q.dtype.itemsize == 2 and D % 8 == 0 and D <= 256 and _has_flash(q.device)
+    return False
+
+
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse) -> None:
+    Hkv = k.shape[1]
+    real_out, real_lse = _torch_flash(q, k, v, cu_seqlens, mask, form)
+    prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+    queries, real_out, real_lse = (_by_key_head(t, Hkv) for t in (q, real_out, real_lse.unsqueeze(-1)))
+    merged = torch.empty(real_out.shape, dtype=real_lse.dtype, device=q.device)
+    merged_lse = torch.empty_like(real_lse)
+    for rows in _row_chunks(queries, prefix_k):
+        scores = _product(queries[:, rows], prefix_k.transpose(1, 2)).mul_(form.scale)
+        merged_lse[:, rows] = torch.logaddexp(real_lse[:, rows], scores.logsumexp(-1, keepdim=True))
+        merged[:, rows] = _product(scores.sub_(merged_lse[:, rows]).exp_().to(q.dtype), prefix_v)
+    merged += real_out * (real_lse - merged_lse).exp_()
+    _from_key_head(merged, out, Hkv)
+    _from_key_head(merged_lse, lse.unsqueeze(-1), Hkv)
+
+
+def _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse, grads) -> None:
+    Hkv = k.shape[1]
+    dq, dk, dv, dprefix_k, dprefix_v = grads
+    real_dq, real_dk, real_dv = _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse)
+    dk.copy_(real_dk)
+    dv.copy_(real_dv)
+    prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+    delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
+    douts, queries, delta, lse, total = (_by_key_head(t, Hkv) for t in (dout, q, delta, lse.unsqueeze(-1), real_dq))
+    total = total.to(lse.dtype, copy=True)
+    for rows in _row_chunks(queries, prefix_k):
+        scores = _product(queries[:, rows], prefix_k.transpose(1, 2)).mul_(form.scale)
+        weights = scores.sub_(lse[:, rows]).exp_()
+        dscores = _product(douts[:, rows], prefix_v.transpose(1, 2)).sub_(delta[:, rows]).mul_(weights)
+        dscores = dscores.mul_(form.scale).to(q.dtype)
+        total[:, rows] += _product(dscores, prefix_k)
+        dprefix_k += _product(dscores.transpose(1, 2), queries[:, rows])
+        dprefix_v += _product(weights.to(q.dtype).transpose(1, 2), douts[:, rows])
+    _from_key_head(total, dq, Hkv)
+
+
+def _by_key_head(t: Tensor, Hkv: int) -> Tensor:
+    """[B, H, S, C] -> [Hkv, B * G * S, C]: everything that meets one head of the prefix."""
+    return t.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 3)
+
+
+def _from_key_head(t: Tensor, into: Tensor, Hkv: int) -> None:
+    """The way back, into a tensor [B, H, S, C]."""
+    into = into.unflatten(1, (Hkv, -1)).transpose(0, 1)
+    into.copy_(t.view(into.shape))
+
+
+def _row_chunks(queries: Tensor, prefix_k: Tensor) -> Iterator[slice]:
+    (Hkv, R, _), P = queries.shape, prefix_k.shape[1]
+    budget = _BLOCK_ELEMENTS.get(queries.device.type, _BLOCK_ELEMENTS["cuda"])
+    step = max(_LEAST_ROWS, budget // (Hkv * P))
+    return (slice(i, min(i + step, R)) for i in range(0, R, step))
+
+
+# torch's op over the real keys. Packed documents are one row of tokens to it, [tokens, H, D].
+
+
+def _torch_flash(q, k, v, cu_seqlens, mask, form) -> tuple[Tensor, Tensor]:
+    """Returns out [B, H, S, D] and lse [B, H, S]."""
+    (B, H, S, _), causal = q.shape, form.causal and q.shape[2] > 1
+    if q.is_cuda:
+        q, k, v = (_tokens_first(t, cu_seqlens) for t in (q, k, v))
+        out, lse, *_ = aten._flash_attention_forward(
+            q, k, v, *_lengths(S, k.shape[-3], cu_seqlens), 0.0, causal, False, scale=form.scale
+        )
+        return _heads_first(out), lse.view(B, H, S)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        _share_keys(q, k), k, v, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=form.scale
+    )
+    if mask is not None:  # the op gives 0 to a row without a key
+        lse = lse.masked_fill(~mask.any(1)[:, None, None], float("-inf"))
+    return out.reshape(q.shape), lse.reshape(B, H, S)
+
+
+def _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse: those of the joint softmax. Returns dq, dk, dv."""
+    S, causal = q.shape[2], form.causal and q.shape[2] > 1
+    if q.is_cuda:
+        dout, q, k, v, out = (_tokens_first(t, cu_seqlens) for t in (dout, q, k, v, out))
+        lse = lse if cu_seqlens is None else lse.squeeze(0)
+        no_dropout = torch.zeros(2, dtype=torch.int64, device=q.device)
+        grads = aten._flash_attention_backward(
+            dout, q, k, v, out, lse, *_lengths(S, k.shape[-3], cu_seqlens), 0.0, causal, no_dropout, no_dropout,
+            scale=form.scale,
+        )  # fmt: skip
+        return tuple(_heads_first(t) for t in grads)
+    shape = q.shape
+    dout, q, out = (_share_keys(t, k) for t in (dout, q, out))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse.reshape(q.shape[:3]), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=form.scale
+    )
+    return dq.reshape(shape), dk, dv
+
+
+def _share_keys(t: Tensor, k: Tensor) -> Tensor:
+    """One token a row, [B, H, 1, D], as [B, Hkv, G, D]: heads that share a key become rows of one attention."""
+    return t.reshape(t.shape[0], k.shape[1], -1, t.shape[3]) if t.shape[2] == 1 else t
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None]
+
+
+def _tokens_first(t: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    t = t.transpose(1, 2)
+    return t if cu_seqlens is None else t.squeeze(0)
+
+
+def _heads_first(t: Tensor) -> Tensor:
+    t = t if t.dim() == 4 else t.unsqueeze(0)
+    return t.transpose(1, 2)
+
+
+def _lengths(S: int, T: int, cu_seqlens: Tensor | None) -> tuple:
+    """cum_seq_q, cum_seq_k, max_q, max_k. Of packed documents only a bound of the longest is known without a sync."""
+    return (cu_seqlens, cu_seqlens, S, T)

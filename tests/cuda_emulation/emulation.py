@@ -45,7 +45,7 @@ class Emulation:
             ) from error
         spec.loader.exec_module(self.module)
         self._c = ctypes.CDLL(str(self.path))
-        self._c.emulation_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._c.emulation_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
         self._c.emulation_name.argtypes = [ctypes.c_size_t, ctypes.c_char_p]
         for enumerate_ in (self._c.emulation_counter, self._c.emulation_launched):
             enumerate_.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
@@ -70,14 +70,16 @@ class Emulation:
         """Every kernel instance in the module, as `nf4_dequantize_kernel<__nv_bfloat16, true>`."""
         return sorted(self._symbols.values())
 
-    def configure(self, order: str = "forward", seed: int = 1, cp_async: str = "lazy") -> None:
-        """The order of lanes, warps and blocks ("forward", "reverse", or "random" by `seed`), and when a cp.async
-        copies: as late as it may ("lazy") or at once ("eager")."""
+    def configure(self, order: str = "forward", seed: int = 1, cp_async: str = "lazy", sms: int = 4) -> None:
+        """The order of lanes, warps and blocks ("forward", "reverse", or "random" by `seed`), when a cp.async copies: as
+        late as it may ("lazy") or at once ("eager"), and how many SMs launchers find (few, so that tests stay small)."""
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
         if cp_async not in COPIES:
             raise ValueError(f"cp_async is {cp_async!r}; allowed are {', '.join(COPIES)}")
-        self._c.emulation_configure(ORDERS.index(order), seed, COPIES.index(cp_async))
+        if sms < 1:
+            raise ValueError(f"sms is {sms}; there has to be at least one")
+        self._c.emulation_configure(ORDERS.index(order), seed, COPIES.index(cp_async), sms)
 
     def reset(self) -> None:
         """Sets the counts to zero."""

@@ -19,7 +19,13 @@ from .memory import Memory
 from .nvcc import CSRC, SETUP, cached, nvcc_version, ptx_of, run_compiler
 from .parse import Entry, Module, PtxError, demangled, parse
 
-_WRAPPED = ("cudaLaunchKernelExC", "cudaFuncSetAttribute", "__cudaRegisterFunction")
+_WRAPPED = (
+    "cudaLaunchKernelExC",
+    "cudaFuncSetAttribute",
+    "cudaGetDevice",
+    "cudaDeviceGetAttribute",
+    "__cudaRegisterFunction",
+)
 _OnLaunch = ctypes.CFUNCTYPE(
     None,
     ctypes.c_char_p,

@@ -60,10 +60,31 @@ cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 
+// What launchers ask of the device that kernels run on: an H100, but for the number of its SMs.
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = state.config.sms;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 228 << 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 #define FOR_TESTS __attribute__((visibility("default")))
 
-FOR_TESTS void emulation_configure(int order, uint64_t seed, int eager_copies) {
-  state.config = {static_cast<emulation::Order>(order), seed, eager_copies != 0};
+FOR_TESTS void emulation_configure(int order, uint64_t seed, int eager_copies, int sms) {
+  state.config = {static_cast<emulation::Order>(order), seed, eager_copies != 0, sms};
 }
 
 FOR_TESTS void emulation_reset() {

@@ -22,6 +22,8 @@ from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -75,7 +77,54 @@ def _nf4(kernels) -> Launches:
         )
 
 
-TRITON: dict[str, Callable[..., Launches]] = {"nf4": _nf4}
+def _prefix_attention(kernels) -> Launches:
+    # Head sizes choose the tile; 80 and 96 leave columns of it empty. "light" is a causal attention as most models have
+    # it, "heavy" all that takes registers, and "packed" the bounds of documents.
+    shapes = [dict(D=D, dtype="bf16") for D in (64, 128, 256)]
+    cases = [("light", shape) for shape in shapes]
+    cases += [("heavy", dict(shape, dtype="fp16")) for shape in shapes]
+    cases += [("packed", dict(shapes[0], D=96)), ("packed full", dict(shapes[0], D=80))]
+    for extras, shape in cases:
+        q, k, row, prefix, dkv, dprefix, cu_seqlens, mask, form = _attention(extras, **shape)
+        case = f"{extras} {_case(**shape)}"
+        masks, few, T = (cu_seqlens, mask, form), q[:, :, :16], k.shape[2]
+        forward = kernels.prefix_attention_fwd
+        yield f"prefix_attention_fwd {case}", partial(forward, q, k, k, prefix, prefix, *masks, q, row)
+        if cu_seqlens is None:
+            few = partial(forward, few, k, k, prefix, prefix, *masks, few, row)
+            yield f"prefix_attention_fwd few {case}", few
+        dq = partial(kernels.prefix_attention_dq, q, q, k, k, prefix, prefix, *masks, q, row, row, q)
+        yield f"prefix_attention_dq {case}", dq
+        dkv = partial(kernels.prefix_attention_dkv, q, q, k, k, prefix, *masks, row, row, dkv)
+        yield f"prefix_attention_dkv {case}", dkv
+        dprefix = partial(kernels.prefix_attention_dprefix, q, q, prefix, prefix, cu_seqlens, T, form, row, row, dprefix)
+        yield f"prefix_attention_dprefix {case}", dprefix
+        if extras != "heavy":  # beside another kernel, which has no softcap either
+            merge = partial(kernels.prefix_attention_merge, q, prefix, prefix, cu_seqlens, T, form, q, row)
+            yield f"prefix_attention_merge {case}", merge
+            add_dq = partial(kernels.prefix_attention_add_dq, q, q, prefix, prefix, cu_seqlens, T, form, q, row, row, q)
+            yield f"prefix_attention_add_dq {case}", add_dq
+
+
+def _attention(extras, D, dtype) -> tuple:
+    """q, k, a float32 for each row, prefix, dkv, dprefix, cu_seqlens, mask, form; q lies as a projection leaves it."""
+    B, H, Hkv, S, P = 2, 32, 8, 4096, 64
+    if extras.startswith("packed"):
+        B, S = 1, B * S
+    empty = partial(torch.empty, device="meta")
+    q, k = (empty(B, S, heads, D, dtype=_DTYPES[dtype]).transpose(1, 2) for heads in (H, Hkv))
+    form = SimpleNamespace(causal="full" not in extras, scale=D**-0.5, window=None, softcap=None)
+    cu_seqlens = empty(9, dtype=torch.int32) if extras.startswith("packed") else None
+    mask = empty(B, S, dtype=torch.uint8) if extras == "heavy" else None
+    if extras == "heavy":
+        form.softcap = 50.0
+    if extras in ("heavy", "packed"):
+        form.window = 1000
+    dkv, dprefix = empty(2, B, Hkv, S, D, dtype=_DTYPES[dtype]), empty(2, Hkv, P, D)
+    return q, k, empty(B, H, S), empty(Hkv, P, D, dtype=_DTYPES[dtype]), dkv, dprefix, cu_seqlens, mask, form
+
+
+TRITON: dict[str, Callable[..., Launches]] = {"nf4": _nf4, "prefix_attention": _prefix_attention}
 
 # CUDA kernel -> bytes of dynamic shared memory that its launcher asks for, which the machine code does not say.
 CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {}

@@ -7,7 +7,7 @@ where the attention over the real keys is known already: its output and log-sum-
 with, so that this is the merge. Backward stands in `prefix_attention_grad.py`.
 
 Launchers take q, k, v, out and their gradients as [B, H or Hkv, S or T, D] of one 16-bit dtype, any strides but the
-last, which is 1; the prefix as contiguous [Hkv, P, D], 16-bit or float32 and then rounded to q's dtype when it is read;
+last, which is 1; the prefix as contiguous [Hkv, P, D];
 lse and delta as contiguous float32 [B, H, S]; mask as contiguous uint8 [B, T], 0 for hidden; cu_seqlens as int32. `form` has causal,
 scale, window and softcap as `fastpeft.ops.prefix_attention` defines them. They write into their outputs and return
 nothing, tune nothing and ask nothing of the device. Sums are float32; there are no atomics.
@@ -40,6 +40,7 @@ from .prefix_attention_scores import (
     LOG2E,
     attended,
     first_slot_of,
+    hide,
     keys_of,
     launch_rows,
     load_rows,
@@ -93,19 +94,15 @@ def _take_in(
     BM: tl.constexpr = q.shape[0]
     BD: tl.constexpr = q.shape[1]
     for n0 in range(begin, end, BN):
-        k = load_rows(keys, n0, stride_k, size, q.dtype, D, BN, BD, not MASKED)
+        k = load_rows(keys, n0, stride_k, size, D, BN, BD, not MASKED)
         s = scores(dot(q, k.T, tl.zeros([BM, BN], tl.float32)), scale, softcap)
-        n = n0 + tl.arange(0, BN)
-        if MASKED:
-            s = tl.where((n[None, :] >= first[:, None]) & (n[None, :] < past[:, None]), s, float("-inf"))
-        if mask is not None:
-            s = tl.where(tl.load(mask + n, mask=n < size, other=0)[None, :] != 0, s, float("-inf"))
+        s = hide(s, float("-inf"), n0 + tl.arange(0, BN), size, first, past, mask, MASKED)
         new = tl.maximum(largest, tl.max(s, 1))
         origin = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - origin[:, None])
         shrink = tl.exp2(largest - origin)
         total = total * shrink + tl.sum(p, 1)
-        v = load_rows(values, n0, stride_v, size, q.dtype, D, BN, BD, not MASKED)
+        v = load_rows(values, n0, stride_v, size, D, BN, BD, not MASKED)
         acc = dot(round_to(p, q.dtype), v, acc * shrink[:, None])
         largest = new
     return acc, total, largest
@@ -157,12 +154,12 @@ def prefix_attention_fwd_kernel(
     lse += (b * tl.num_programs(1) + h) * S
     row = m0 + tl.arange(0, BM)
     seen = tl.minimum(row, S - 1)  # rows past the last are that one again: they widen no loop
-    q_tile = load_rows(q + b * stride_qb + h * stride_qh, m0, stride_qs, S, q.dtype.element_ty, D, BM, BD)
+    q_tile = load_rows(q + b * stride_qb + h * stride_qh, m0, stride_qs, S, D, BM, BD)
 
     if k is None:
         largest = tl.load(lse + row, mask=row < S, other=float("-inf")) * LOG2E
         total = tl.where(largest == float("-inf"), 0.0, 1.0)
-        acc = tl.where(total[:, None] > 0, to_float32(load_rows(out, m0, stride_os, S, q.dtype.element_ty, D, BM, BD)), 0)
+        acc = tl.where(total[:, None] > 0, to_float32(load_rows(out, m0, stride_os, S, D, BM, BD)), 0)
     else:
         largest = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -172,7 +169,7 @@ def prefix_attention_fwd_kernel(
     slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents)
     acc, total, largest = _take_in(
         acc, total, largest, q_tile, prefix_k + slots, prefix_v + slots, D, D, P,
-        tl.min(slot), P, slot, tl.zeros_like(slot) + P, None, scale, softcap, True, D, BN,
+        0 if slot is None else tl.min(slot), P, slot, None, None, scale, softcap, True, D, BN,
     )  # fmt: skip
 
     if k is not None:
@@ -182,7 +179,9 @@ def prefix_attention_fwd_kernel(
             mask += b * T
         first, past = keys_of(seen, S, T, window, cu_seqlens, documents, CAUSAL)
         begin, whole, whole_end, end = attended(first, past, BN)
-        if window is not None or cu_seqlens is not None:
+        BOUNDED: tl.constexpr = window is not None or cu_seqlens is not None
+        first = first if BOUNDED else None
+        if BOUNDED:
             acc, total, largest = _take_in(
                 acc, total, largest, q_tile, k, v, stride_ks, stride_vs, T,
                 begin, whole, first, past, mask, scale, softcap, True, D, BN,

@@ -24,6 +24,7 @@ from .prefix_attention_scores import (
     LOG2E,
     attended,
     first_slot_of,
+    hide,
     keys_of,
     launch_rows,
     load_rows,
@@ -73,15 +74,10 @@ def _add_dq(
     BM: tl.constexpr = q.shape[0]
     BD: tl.constexpr = q.shape[1]
     for n0 in range(begin, end, BN):
-        k = load_rows(keys, n0, stride_k, size, q.dtype, D, BN, BD, not MASKED)
-        v = load_rows(values, n0, stride_v, size, q.dtype, D, BN, BD, not MASKED)
+        k = load_rows(keys, n0, stride_k, size, D, BN, BD, not MASKED)
+        v = load_rows(values, n0, stride_v, size, D, BN, BD, not MASKED)
         s = scores(dot(q, k.T, tl.zeros([BM, BN], tl.float32)), scale, softcap)
-        n = n0 + tl.arange(0, BN)
-        p = tl.exp2(s - lse[:, None])
-        if MASKED:
-            p = tl.where((n[None, :] >= first[:, None]) & (n[None, :] < past[:, None]), p, 0.0)
-        if mask is not None:
-            p = tl.where(tl.load(mask + n, mask=n < size, other=0)[None, :] != 0, p, 0.0)
+        p = hide(tl.exp2(s - lse[:, None]), 0.0, n0 + tl.arange(0, BN), size, first, past, mask, MASKED)
         ds = p * (dot(dout, v.T, tl.zeros([BM, BN], tl.float32)) - delta[:, None])
         if softcap is not None:
             ds *= softcap_slope(s, softcap)
@@ -145,9 +141,9 @@ def prefix_attention_dq_kernel(
     row = m0 + tl.arange(0, BM)
     seen = tl.minimum(row, S - 1)  # rows past the last are that one again: they widen no loop
     dtype: tl.constexpr = q.dtype.element_ty
-    q_tile = load_rows(q + b * stride_qb + h * stride_qh, m0, stride_qs, S, dtype, D, BM, BD)
-    do_tile = load_rows(dout + b * stride_dob + h * stride_doh, m0, stride_dos, S, dtype, D, BM, BD)
-    o_tile = load_rows(out + b * stride_ob + h * stride_oh, m0, stride_os, S, dtype, D, BM, BD)
+    q_tile = load_rows(q + b * stride_qb + h * stride_qh, m0, stride_qs, S, D, BM, BD)
+    do_tile = load_rows(dout + b * stride_dob + h * stride_doh, m0, stride_dos, S, D, BM, BD)
+    o_tile = load_rows(out + b * stride_ob + h * stride_oh, m0, stride_os, S, D, BM, BD)
     d_tile = tl.sum(to_float32(do_tile) * to_float32(o_tile), 1)
     tl.store(delta + rows + row, d_tile, mask=row < S)
     l_tile = _load_lse(lse + rows, row, S)
@@ -156,12 +152,12 @@ def prefix_attention_dq_kernel(
     slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents)
     acc = _add_dq(
         tl.zeros([BM, BD], tl.float32), q_tile, do_tile, l_tile, d_tile, prefix_k + slots, prefix_v + slots, D, D, P,
-        tl.min(slot), P, slot, tl.zeros_like(slot) + P, None, scale, softcap, True, D, BN,
+        0 if slot is None else tl.min(slot), P, slot, None, None, scale, softcap, True, D, BN,
     )  # fmt: skip
 
     dq += b * stride_dqb + h * stride_dqh
     if k is None:
-        before = to_float32(load_rows(dq, m0, stride_dqs, S, dtype, D, BM, BD))
+        before = to_float32(load_rows(dq, m0, stride_dqs, S, D, BM, BD))
         store_rows(dq, before + acc * form_scale, m0, stride_dqs, S, D)
     else:
         k += b * stride_kb + hkv * stride_kh
@@ -170,7 +166,9 @@ def prefix_attention_dq_kernel(
             mask += b * T
         first, past = keys_of(seen, S, T, window, cu_seqlens, documents, CAUSAL)
         begin, whole, whole_end, end = attended(first, past, BN)
-        if window is not None or cu_seqlens is not None:
+        BOUNDED: tl.constexpr = window is not None or cu_seqlens is not None
+        first = first if BOUNDED else None
+        if BOUNDED:
             acc = _add_dq(
                 acc, q_tile, do_tile, l_tile, d_tile, k, v, stride_ks, stride_vs, T,
                 begin, whole, first, past, mask, scale, softcap, True, D, BN,
@@ -237,8 +235,8 @@ def prefix_attention_dkv_kernel(
     hkv = (tl.program_id(1) % (H // group)).to(tl.int64)
     b = (tl.program_id(1) // (H // group)).to(tl.int64)
     dtype: tl.constexpr = q.dtype.element_ty
-    k_tile = load_rows(k + b * stride_kb + hkv * stride_kh, n0, stride_ks, size, dtype, D, BN, BD)
-    v_tile = load_rows(v + b * stride_vb + hkv * stride_vh, n0, stride_vs, size, dtype, D, BN, BD)
+    k_tile = load_rows(k + b * stride_kb + hkv * stride_kh, n0, stride_ks, size, D, BN, BD)
+    v_tile = load_rows(v + b * stride_vb + hkv * stride_vh, n0, stride_vs, size, D, BN, BD)
     n = n0 + tl.arange(0, BN)
 
     # The rows that see a key of the tile, from `begin` to `end`.
@@ -267,8 +265,8 @@ def prefix_attention_dkv_kernel(
         of_b = head // group
         row = m0 + tl.arange(0, BM)
         rows = (of_b * H + h) * S
-        q_tile = load_rows(q + of_b * stride_qb + h * stride_qh, m0, stride_qs, S, dtype, D, BM, BD)
-        do_tile = load_rows(dout + of_b * stride_dob + h * stride_doh, m0, stride_dos, S, dtype, D, BM, BD)
+        q_tile = load_rows(q + of_b * stride_qb + h * stride_qh, m0, stride_qs, S, D, BM, BD)
+        do_tile = load_rows(dout + of_b * stride_dob + h * stride_doh, m0, stride_dos, S, D, BM, BD)
         l_tile = _load_lse(lse + rows, row, S)
         d_tile = tl.load(delta + rows + row, mask=row < S, other=0.0)
 

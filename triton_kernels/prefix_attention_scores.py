@@ -12,7 +12,7 @@ sequence of its own, and S is T; a tile may hold rows of several.
 import triton
 import triton.language as tl
 
-from .casts import round_to, to_float32
+from .casts import round_to
 from .products import load
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -66,9 +66,9 @@ def rows_of(key, S, T, window, cu_seqlens, documents, CAUSAL: tl.constexpr):
 
 @triton.jit
 def first_slot_of(row, S, T, P, window, cu_seqlens, documents):
-    """The first slot of the prefix that each row sees, which sees all that follow; int32 [len(row)]."""
+    """The first slot of the prefix that each row sees, which sees all that follow: int32 [len(row)]; None: all."""
     if window is None:
-        return tl.zeros_like(row)
+        return None
     else:
         position = row + (P + T - S)
         if cu_seqlens is not None:
@@ -85,6 +85,24 @@ def attended(first, past, BN: tl.constexpr):
     whole = begin + tl.cdiv(tl.max(first) - begin, BN) * BN
     whole_end = whole + tl.maximum((tl.min(past) - whole) // BN, 0) * BN
     return begin, whole, whole_end, tl.max(past)
+
+
+@triton.jit
+def hide(x, hidden, n, size, first, past, mask, MASKED: tl.constexpr):
+    """x [rows, len(n)] where a row sees key n, else `hidden`. Only padding hides where not MASKED.
+
+    size: of all keys. first, past: what each row sees; None for no other bound. mask: uint8 [size], or None.
+    """
+    if MASKED:
+        seen = (n < size)[None, :]
+        if first is not None:
+            seen = seen & (n[None, :] >= first[:, None])
+        if past is not None:
+            seen = seen & (n[None, :] < past[:, None])
+        x = tl.where(seen, x, hidden)
+    if mask is not None:
+        x = tl.where(tl.load(mask + n, mask=n < size, other=0)[None, :] != 0, x, hidden)
+    return x
 
 
 @triton.jit
@@ -128,19 +146,14 @@ def load_rows(
     first,
     stride,
     size,
-    dtype: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr = False,
 ):
-    """[ROWS, COLUMNS] of `dtype`, zeros outside. WHOLE: all rows are inside."""
+    """[ROWS, COLUMNS], zeros outside. WHOLE: all rows are inside."""
     pointers, inside = _rows_at(tensor, first, stride, size, D, ROWS, COLUMNS)
-    tile = load(pointers, None if WHOLE and D == COLUMNS else inside)
-    if tile.dtype == dtype:
-        return tile
-    else:
-        return round_to(to_float32(tile), dtype)
+    return load(pointers, None if WHOLE and D == COLUMNS else inside)
 
 
 @triton.jit
@@ -174,5 +187,6 @@ def launch_rows(kernel, tile, q, form, *arguments):
         BD=tile.columns,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.registers,
+        maxnreg=255,  # all; else ptxas spills a few for one more program on an SM
+        enable_fp_fusion=True,  # no bits are promised
     )

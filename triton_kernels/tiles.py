@@ -61,23 +61,23 @@ TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
     # Of an attention: up to head sizes, not tokens. A program has `rows` queries (dkv: keys), the columns are a head's,
     # and a step takes `depth` keys (dkv: queries).
     "prefix_attention_fwd": (
-        (64, Tile(128, 64, 64, 4, 3)),
-        (128, Tile(128, 128, 64, 8, 3)),
+        (64, Tile(128, 64, 64, 8, 2)),
+        (128, Tile(128, 128, 32, 8, 3)),
         (256, Tile(64, 256, 32, 8, 2)),
     ),
     "prefix_attention_fwd few": (
         (64, Tile(16, 64, 64, 4, 3)),
-        (128, Tile(16, 128, 64, 4, 3)),
+        (128, Tile(16, 128, 64, 4, 2)),
         (256, Tile(16, 256, 32, 4, 2)),
     ),
     "prefix_attention_dq": (
-        (64, Tile(128, 64, 64, 8, 2)),
-        (128, Tile(64, 128, 64, 4, 2)),
-        (256, Tile(64, 256, 32, 8, 2)),
+        (64, Tile(128, 64, 32, 8, 2)),
+        (128, Tile(128, 128, 32, 8, 2)),
+        (256, Tile(64, 256, 16, 8, 2)),
     ),
     "prefix_attention_dkv": (
-        (64, Tile(128, 64, 64, 8, 2)),
-        (128, Tile(64, 128, 64, 8, 2)),
+        (64, Tile(128, 64, 32, 8, 2)),
+        (128, Tile(64, 128, 32, 8, 2)),
         (256, Tile(32, 256, 32, 8, 2)),
     ),
 }

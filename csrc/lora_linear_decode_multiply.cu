@@ -170,6 +170,7 @@ struct Sums {
     const int chunk = lane.quarter * Rows::kChunk ^ lane.group % 2 * Rows::kHalf;
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
+      if (TILES == 8 && j % 4 == 0) hold_loads();  // those of all tiles at once do not fit in registers
       const uint4* const x = shared.line[stage * kStageLines + (warp_k * TILES + j) * kTokens + lane.group].x;
       const uint4 x0 = x[chunk], x1 = x[chunk ^ Rows::kHalf];
       const uint32_t b[4][2] = {{x0.x, x0.y}, {x0.z, x0.w}, {x1.x, x1.y}, {x1.z, x1.w}};
@@ -252,6 +253,7 @@ __device__ __forceinline__ void multiply(Rows rows, const Split& split, int cta,
 #pragma unroll
   for (int d = 0; d < D - 1; ++d) fetch(d, round);
   rows.prepare(shared);
+  if constexpr (Rows::kScaled) __syncthreads();  // a nested scale is decoded by the table
   store_scale(0);
 
   Sums<TILES, Rows> sums;

@@ -101,10 +101,7 @@ class Nf4Rows {
     // Lines are 256 bytes apart: each lane begins elsewhere in its own, or eight would write to the same four banks.
 #pragma unroll
     for (int i = 0; i < 8; ++i) copies[(byte + i) % 8] = make_uint4(pair, pair, pair, pair);
-    if constexpr (NESTED) {
-      shared.absmax_code[byte] = __ldg(w_.absmax_code + byte);
-      __syncthreads();
-    }
+    if constexpr (NESTED) shared.absmax_code[byte] = __ldg(w_.absmax_code + byte);
   }
   __device__ __forceinline__ float decode(const Scale& scale, const float* absmax_code) const {
     return scale.decode(absmax_code, offset_) * (1.0f / kTableScale<T>);

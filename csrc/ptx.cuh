@@ -43,6 +43,7 @@ template <int N>
 void cp_async_wait() {
   emulation::cp_async_wait(N);
 }
+inline void hold_loads() {}
 inline void prefetch(const void*) {}
 inline void start_dependents() {}
 inline void wait_for_dependency() { emulation::wait_for_dependency(); }
@@ -95,6 +96,10 @@ template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+
+// Orders nothing that the program can see: ptxas, which lets unrolled code begin with all of its loads, moves no load
+// across.
+__device__ __forceinline__ void hold_loads() { __syncwarp(); }
 
 // Brings the line of L2 that holds this address there.
 __device__ __forceinline__ void prefetch(const void* address) {

@@ -15,6 +15,7 @@ from .casts import INTERPRETED, round_to, to_float32
 
 PROGRAMS = 264  # twice the SMs of an H100: with fewer tiles than this, sums are shared
 MIN_STEPS = 4  # of a loop: fewer would not pay for writing and reading a part
+MOST_FEATURES = 2**22  # 256 rows of a tile times this is 2**30: places in a tile are int32
 
 
 @triton.jit
@@ -36,21 +37,21 @@ def load(pointers, inside):
 
 
 @triton.jit
-def tile_at(tensor, i0, j0, stride_i, stride_j, I, J, BI: tl.constexpr, BJ: tl.constexpr):
-    """Pointers to the tile [BI, BJ] of `tensor` [I, J] that begins at [i0, j0], and which of them are inside.
+def tile_at(tensor, i0, j0, stride_i, stride_j, size_i, size_j, BI: tl.constexpr, BJ: tl.constexpr):
+    """Pointers to the tile [BI, BJ] of `tensor` [size_i, size_j] that begins at [i0, j0], and which of them are inside.
 
     Only where the tile begins is int64. Inside it int32 do: half the registers, of which a tile takes many.
     """
     i = tl.arange(0, BI)[:, None]
     j = tl.arange(0, BJ)[None, :]
     origin = tensor + tl.cast(i0, tl.int64) * stride_i + tl.cast(j0, tl.int64) * stride_j
-    return origin + (i * stride_i + j * stride_j), (i < I - i0) & (j < J - j0)
+    return origin + (i * stride_i + j * stride_j), (i < size_i - i0) & (j < size_j - j0)
 
 
 @triton.jit
-def load_tile(tensor, i0, j0, stride_i, stride_j, I, J, BI: tl.constexpr, BJ: tl.constexpr):
+def load_tile(tensor, i0, j0, stride_i, stride_j, size_i, size_j, BI: tl.constexpr, BJ: tl.constexpr):
     """[BI, BJ], zeros outside."""
-    pointers, inside = tile_at(tensor, i0, j0, stride_i, stride_j, I, J, BI, BJ)
+    pointers, inside = tile_at(tensor, i0, j0, stride_i, stride_j, size_i, size_j, BI, BJ)
     return load(pointers, inside)
 
 
@@ -65,9 +66,9 @@ def load_factor(factor, r0, c0, stride_r, stride_c, R, C, BR: tl.constexpr, BC: 
 
 
 @triton.jit
-def store_tile(tensor, tile, i0, j0, stride_i, stride_j, I, J):
+def store_tile(tensor, tile, i0, j0, stride_i, stride_j, size_i, size_j):
     """tile: float32, rounded here."""
-    pointers, inside = tile_at(tensor, i0, j0, stride_i, stride_j, I, J, tile.shape[0], tile.shape[1])
+    pointers, inside = tile_at(tensor, i0, j0, stride_i, stride_j, size_i, size_j, tile.shape[0], tile.shape[1])
     tl.store(pointers, round_to(tile, tensor.dtype.element_ty), mask=inside)
 
 
@@ -90,6 +91,12 @@ def sum_partials_kernel(partials, out, count, numel, BLOCK: tl.constexpr):
     tl.store(out + i, round_to(acc, out.dtype.element_ty), mask=i < numel)
 
 
+def check_features(*sizes):
+    """Raises ValueError where `tile_at` would overflow."""
+    if max(sizes) > MOST_FEATURES:
+        raise ValueError(f"a layer with {max(sizes)} features; the Triton kernels take up to {MOST_FEATURES}")
+
+
 def launch(kernel, tile, grid, steps, out, *arguments, **constants):
     """Launches `kernel` over `grid` and, in its last dimension, over the programs that share a sum of `steps` steps.
 
@@ -104,7 +111,7 @@ def launch(kernel, tile, grid, steps, out, *arguments, **constants):
         **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        maxnreg=tile.registers,
+        maxnreg=255,  # all there are: left alone, ptxas spills some of them to fit one more program on an SM
         enable_fp_fusion=False,
     )
     sum_partials(partials, out)

@@ -47,9 +47,10 @@ class Emulation:
         self._c = ctypes.CDLL(str(self.path))
         self._c.emulation_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
         self._c.emulation_name.argtypes = [ctypes.c_size_t, ctypes.c_char_p]
-        for enumerate_ in (self._c.emulation_counter, self._c.emulation_launched):
-            enumerate_.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
-            enumerate_.restype = ctypes.c_char_p
+        self._c.emulation_counter.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
+        self._c.emulation_launched.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.POINTER(ctypes.c_uint64)]
+        for function in (self._c.emulation_counter, self._c.emulation_launched):
+            function.restype = ctypes.c_char_p
         for offset, name in self._symbols.items():
             self._c.emulation_name(offset, name.encode())
 
@@ -71,8 +72,8 @@ class Emulation:
         return sorted(self._symbols.values())
 
     def configure(self, order: str = "forward", seed: int = 1, cp_async: str = "lazy", sms: int = 4) -> None:
-        """The order of lanes, warps and blocks ("forward", "reverse", or "random" by `seed`), when a cp.async copies: as
-        late as it may ("lazy") or at once ("eager"), and how many SMs launchers find (few, so that tests stay small)."""
+        """The order of lanes, warps and blocks ("forward", "reverse", or "random" by `seed`); when a cp.async copies:
+        as late as it may ("lazy") or at once ("eager"); how many SMs launchers find: few keep tests small."""
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
         if cp_async not in COPIES:
@@ -87,7 +88,11 @@ class Emulation:
 
     def executed(self) -> dict[str, int]:
         """Launches per kernel instance since the last reset."""
-        return self._enumerate(self._c.emulation_launched)
+        return self._enumerate(lambda i, value: self._c.emulation_launched(i, False, value))
+
+    def dynamic_shared_bytes(self) -> dict[str, int]:
+        """The most that a launch of the kernel instance asked for since the last reset."""
+        return self._enumerate(lambda i, value: self._c.emulation_launched(i, True, value))
 
     def counters(self) -> dict[str, int]:
         """Barriers, mma instructions, bank conflicts of ldmatrix and more (engine/state.h) since the last reset."""

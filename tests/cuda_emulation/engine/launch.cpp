@@ -100,7 +100,9 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, void (*
   ::gridDim = grid;
   ::blockDim = block;
   ++state.counters.launches;
-  ++state.launches[kernel];
+  Launched& launched = state.launched[kernel];
+  ++launched.times;
+  launched.dynamic_smem_bytes = std::max<uint64_t>(launched.dynamic_smem_bytes, smem_bytes);
 
   const SharedMemory shared_memory(smem_bytes);
   const FaultHandler fault_handler;

@@ -38,6 +38,11 @@ struct Counters {
   uint64_t undefined_shuffles;  // lanes that read a lane which took no part
 };
 
+struct Launched {
+  uint64_t times;
+  uint64_t dynamic_smem_bytes;  // the most
+};
+
 struct AsyncCopy {
   void* dst;
   const void* src;
@@ -83,7 +88,7 @@ struct MemoryRange {
 struct State {
   Config config;
   Counters counters{};
-  std::map<const void*, uint64_t> launches;         // by kernel
+  std::map<const void*, Launched> launched;         // by kernel
   std::map<const void*, std::string> kernel_names;  // told by Python, for messages
   std::map<const void*, size_t> max_smem;           // by kernel, where it asked for more
 

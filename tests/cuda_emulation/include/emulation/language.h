@@ -31,10 +31,6 @@ using Site =
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
-// A function of a kernel in many instances is then compiled once for all of them.
-#undef __forceinline__
-#define __forceinline__ inline
-
 // Set by the scheduler before a thread goes on.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;

@@ -181,7 +181,7 @@ TRITON: dict[str, Callable[..., Launches]] = {
 }
 
 # CUDA kernel instances (a regular expression) -> bytes of dynamic shared memory that their launcher asks for, which the
-# machine code does not say. tests/ops/test_lora_kernels.py compares them with what is launched.
+# machine code does not say. The kernels' own tests compare them with what is launched.
 CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {
     r"lora_down_kernel<\w+, 16, .*": 8 * 10240,
     r"lora_down_kernel<\w+, 64, .*": 6 * 16384,
@@ -198,6 +198,11 @@ CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {
     r"lora_linear_decode_kernel<.*, 2>": 65536 + 4096 + 1024 + 24 * 512,
     r"lora_linear_decode_kernel<.*, 4>": 65536 + 4096 + 1024 + 32 * 512,
     r"lora_linear_decode_kernel<.*, 8>": 65536 + 4096 + 1024 + 1 * 512,
+    # 64 queries, and a ring of four or two tiles of 64 keys
+    r"prefix_attention_decode_kernel<\w+, 64>": 5 * 8192,
+    r"prefix_attention_decode_kernel<\w+, 96>": 5 * 12288,
+    r"prefix_attention_decode_kernel<\w+, 128>": 5 * 16384,
+    r"prefix_attention_decode_kernel<\w+, 256>": 3 * 32768,
 }
 
 

@@ -18,6 +18,7 @@ TESTS = {
     "nf4": ("test_nf4.py", ""),
     "lora_linear": ("test_lora_kernels.py", "not decode"),
     "lora_linear_decode": ("test_lora_kernels.py", "decode"),
+    "prefix_attention_decode": ("test_prefix_attention_kernels.py", ""),
 }
 
 

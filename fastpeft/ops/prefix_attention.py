@@ -9,15 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft import backend as backends
-from fastpeft.ops import prefix_attention_eager as eager
 from fastpeft.ops.lora_linear import autocast_dtype
+from fastpeft.ops.prefix_attention_backends import RULES, RUNNERS, choose
 from fastpeft.ops.prefix_attention_eager import Form
 from fastpeft.reference.prefix_attention import prefix_attention as _reference
 
-# Backend name -> module with `forward` and `backward` as in prefix_attention_eager, and the rule when it can run.
-_BACKENDS = {"eager": eager}
-_RULES = {"eager": backends.always, "reference": backends.always}
-_OPAQUE_RULES = {name: rule for name, rule in _RULES.items() if name != "reference"}
+_RULES = {**RULES, "reference": backends.always}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -60,10 +57,11 @@ def prefix_attention(
     _check(q, k, v, prefix_k, prefix_v, causal, window, softcap, cu_seqlens, key_padding_mask)
     form = Form(causal, q.shape[-1] ** -0.5 if scale is None else float(scale), window, softcap)
     tensors = (q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:5])
     if torch.compiler.is_compiling() and backend != "reference":
         # The backend is chosen when the op runs: use_backend is invisible to the tracer.
-        return torch.ops.fastpeft.prefix_attention(*tensors, *form, backend)[0]
-    name = backends.choose("prefix_attention", _RULES, q, k, *tensors[5:], form, backend=backend)
+        return torch.ops.fastpeft.prefix_attention(*tensors, *form, training, backend)[0]
+    name = choose(q, k, *tensors[5:], form, training, backend, _RULES)
     if name == "reference":
         masks = {"cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
         return _reference(q, k, v, prefix_k, prefix_v, **form._asdict(), **masks)
@@ -113,7 +111,7 @@ def _backward(name: str, dout: Tensor, saved: tuple, form: Form) -> list[Tensor]
     # All dtypes are settled: an autocast that is on must not mix in.
     guard = torch.autocast(dout.device.type, enabled=False) if autocast_dtype(dout) is not None else nullcontext()
     with guard:
-        grads = _BACKENDS[name].backward(dout, *saved, form)
+        grads = RUNNERS[name].backward(dout, *saved, form)
     return [grad.to(t.dtype) for grad, t in zip(grads, saved[:5], strict=True)]
 
 
@@ -125,7 +123,7 @@ class PrefixAttentionFn(torch.autograd.Function):
         tensors = (q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask)
         guard = torch.autocast(q.device.type, enabled=False) if autocast_dtype(q) is not None else nullcontext()
         with guard:
-            out, lse = _BACKENDS[name].forward(*tensors, form)
+            out, lse = RUNNERS[name].forward(*tensors, form)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, out, lse)
             ctx.form, ctx.name = form, name
@@ -140,23 +138,17 @@ class PrefixAttentionFn(torch.autograd.Function):
 # The same computation as a torch.library op: one opaque node in a compiled graph.
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? cu_seqlens, Tensor? mask"
-_FORM = "bool causal, float scale, int? window, float? softcap, str? backend"
-
-
-def _choose(q, k, cu_seqlens, mask, form, backend) -> str:
-    return backends.choose(
-        "prefix_attention in a compiled graph", _OPAQUE_RULES, q, k, cu_seqlens, mask, form, backend=backend
-    )
+_FORM = "bool causal, float scale, int? window, float? softcap, bool training, str? backend"
 
 
 @torch.library.custom_op(
     "fastpeft::prefix_attention", mutates_args=(), schema=f"({_TENSORS}, {_FORM}) -> (Tensor, Tensor)"
 )
 def _op(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, *form_and_backend):
-    *form, backend = form_and_backend
+    *form, training, backend = form_and_backend
     form = Form(*form)
-    name = _choose(q, k, cu_seqlens, mask, form, backend)
-    return _BACKENDS[name].forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form)
+    name = choose(q, k, cu_seqlens, mask, form, training, backend)
+    return RUNNERS[name].forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form)
 
 
 @_op.register_fake
@@ -171,9 +163,9 @@ def _(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, *form_and_backend):
     schema=f"(Tensor dout, {_TENSORS}, Tensor out, Tensor lse, {_FORM}) -> Tensor[]",
 )
 def _op_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse, *form_and_backend):
-    *form, backend = form_and_backend
+    *form, training, backend = form_and_backend
     form = Form(*form)
-    name = _choose(q, k, cu_seqlens, mask, form, backend)
+    name = choose(q, k, cu_seqlens, mask, form, training, backend)
     return _backward(name, dout, (q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse), form)
 
 

@@ -108,7 +108,7 @@ def _take_in(
     return acc, total, largest
 
 
-@triton.jit(do_not_specialize=["S", "T", "P", "group", "documents", "window"])
+@triton.jit(do_not_specialize=["S", "T", "P", "group", "documents", "halvings", "window"])
 def prefix_attention_fwd_kernel(
     out,
     stride_ob,
@@ -132,6 +132,7 @@ def prefix_attention_fwd_kernel(
     mask,
     cu_seqlens,
     documents,
+    halvings,
     S,
     T,
     P,
@@ -166,7 +167,7 @@ def prefix_attention_fwd_kernel(
         acc = tl.zeros([BM, BD], tl.float32)
 
     slots = hkv * P * D
-    slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents)
+    slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents, halvings)
     acc, total, largest = _take_in(
         acc, total, largest, q_tile, prefix_k + slots, prefix_v + slots, D, D, P,
         0 if slot is None else tl.min(slot), P, slot, None, None, scale, softcap, True, D, BN,
@@ -177,7 +178,7 @@ def prefix_attention_fwd_kernel(
         v += b * stride_vb + hkv * stride_vh
         if mask is not None:
             mask += b * T
-        first, past = keys_of(seen, S, T, window, cu_seqlens, documents, CAUSAL)
+        first, past = keys_of(seen, S, T, window, cu_seqlens, documents, halvings, CAUSAL)
         begin, whole, whole_end, end = attended(first, past, BN)
         BOUNDED: tl.constexpr = window is not None or cu_seqlens is not None
         first = first if BOUNDED else None

@@ -85,7 +85,7 @@ def _add_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["S", "T", "P", "group", "documents", "window"])
+@triton.jit(do_not_specialize=["S", "T", "P", "group", "documents", "halvings", "window"])
 def prefix_attention_dq_kernel(
     dq,
     stride_dqb,
@@ -118,6 +118,7 @@ def prefix_attention_dq_kernel(
     mask,
     cu_seqlens,
     documents,
+    halvings,
     S,
     T,
     P,
@@ -149,7 +150,7 @@ def prefix_attention_dq_kernel(
     l_tile = _load_lse(lse + rows, row, S)
 
     slots = hkv * P * D
-    slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents)
+    slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents, halvings)
     acc = _add_dq(
         tl.zeros([BM, BD], tl.float32), q_tile, do_tile, l_tile, d_tile, prefix_k + slots, prefix_v + slots, D, D, P,
         0 if slot is None else tl.min(slot), P, slot, None, None, scale, softcap, True, D, BN,
@@ -164,7 +165,7 @@ def prefix_attention_dq_kernel(
         v += b * stride_vb + hkv * stride_vh
         if mask is not None:
             mask += b * T
-        first, past = keys_of(seen, S, T, window, cu_seqlens, documents, CAUSAL)
+        first, past = keys_of(seen, S, T, window, cu_seqlens, documents, halvings, CAUSAL)
         begin, whole, whole_end, end = attended(first, past, BN)
         BOUNDED: tl.constexpr = window is not None or cu_seqlens is not None
         first = first if BOUNDED else None
@@ -184,7 +185,7 @@ def prefix_attention_dq_kernel(
         store_rows(dq, acc * form_scale, m0, stride_dqs, S, D)
 
 
-@triton.jit(do_not_specialize=["size", "H", "S", "T", "P", "group", "documents", "window"])
+@triton.jit(do_not_specialize=["size", "H", "S", "T", "P", "group", "documents", "halvings", "window"])
 def prefix_attention_dkv_kernel(
     dkv,
     k,
@@ -211,6 +212,7 @@ def prefix_attention_dkv_kernel(
     H,
     cu_seqlens,
     documents,
+    halvings,
     S,
     T,
     P,
@@ -246,7 +248,7 @@ def prefix_attention_dkv_kernel(
         if window is not None and cu_seqlens is None:
             end = tl.maximum(tl.minimum(S, n0 + BN - 1 + window - (P + T - S)), 0)
     else:
-        first, past = rows_of(tl.minimum(n, size - 1), S, T, window, cu_seqlens, documents, CAUSAL)
+        first, past = rows_of(tl.minimum(n, size - 1), S, T, window, cu_seqlens, documents, halvings, CAUSAL)
         if mask is not None:
             shown = tl.load(mask + b * T + n, mask=n < size, other=0) != 0
             first = tl.where(shown, first, S)
@@ -274,7 +276,7 @@ def prefix_attention_dkv_kernel(
         p = tl.exp2(s - l_tile[None, :])
         if PREFIX:
             if window is not None:
-                slot = first_slot_of(tl.minimum(row, S - 1), S, T, P, window, cu_seqlens, documents)
+                slot = first_slot_of(tl.minimum(row, S - 1), S, T, P, window, cu_seqlens, documents, halvings)
                 p = tl.where(n[:, None] >= slot[None, :], p, 0.0)
         else:
             if CAUSAL or mask is not None or cu_seqlens is not None:

@@ -20,11 +20,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _documents_of(token, cu_seqlens, documents):
-    """Begin and end of the document of each token: a binary search for the last cu_seqlens[d] <= token."""
+def _documents_of(token, cu_seqlens, documents, halvings):
+    """Begin and end of the document of each token: a binary search for the last cu_seqlens[d] <= token.
+
+    halvings: of the number of documents until one is left. With a `while` in its place Triton 3.9 no longer knows what
+    divides the pointers that come after it, and loads element by element.
+    """
     d = tl.zeros_like(token)
     past = d + documents
-    while tl.max(past - d) > 1:
+    for _ in range(halvings):
         middle = (d + past) // 2
         found = tl.load(cu_seqlens + middle) <= token
         d = tl.where(found, middle, d)
@@ -33,13 +37,13 @@ def _documents_of(token, cu_seqlens, documents):
 
 
 @triton.jit
-def keys_of(row, S, T, window, cu_seqlens, documents, CAUSAL: tl.constexpr):
+def keys_of(row, S, T, window, cu_seqlens, documents, halvings, CAUSAL: tl.constexpr):
     """The keys that each row sees: first, and the one past the last, int32 [len(row)]."""
     if cu_seqlens is None:
         first = tl.zeros_like(row)
         past = first + T
     else:
-        first, past = _documents_of(row, cu_seqlens, documents)
+        first, past = _documents_of(row, cu_seqlens, documents, halvings)
     at = row + (T - S)
     if CAUSAL:
         past = tl.minimum(past, at + 1)
@@ -49,13 +53,13 @@ def keys_of(row, S, T, window, cu_seqlens, documents, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def rows_of(key, S, T, window, cu_seqlens, documents, CAUSAL: tl.constexpr):
+def rows_of(key, S, T, window, cu_seqlens, documents, halvings, CAUSAL: tl.constexpr):
     """The same, seen from the keys: the first row that sees each, and the one past the last, int32 [len(key)]."""
     if cu_seqlens is None:
         first = tl.zeros_like(key)
         past = first + S
     else:
-        first, past = _documents_of(key, cu_seqlens, documents)
+        first, past = _documents_of(key, cu_seqlens, documents, halvings)
     at = key - (T - S)
     if CAUSAL:
         first = tl.maximum(first, at)
@@ -65,14 +69,14 @@ def rows_of(key, S, T, window, cu_seqlens, documents, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def first_slot_of(row, S, T, P, window, cu_seqlens, documents):
+def first_slot_of(row, S, T, P, window, cu_seqlens, documents, halvings):
     """The first slot of the prefix that each row sees, which sees all that follow: int32 [len(row)]; None: all."""
     if window is None:
         return None
     else:
         position = row + (P + T - S)
         if cu_seqlens is not None:
-            begin, _ = _documents_of(row, cu_seqlens, documents)
+            begin, _ = _documents_of(row, cu_seqlens, documents, halvings)
             position -= begin
         return tl.maximum(position + 1 - window, 0)
 
@@ -172,7 +176,7 @@ def numbers(q, prefix_k, cu_seqlens, keys, form):
     """The arguments of a kernel from cu_seqlens to window. keys: how many real ones a sequence has."""
     documents = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     group = q.shape[1] // prefix_k.shape[0]
-    return cu_seqlens, documents, q.shape[2], keys, prefix_k.shape[1], group, form.window
+    return cu_seqlens, documents, documents.bit_length(), q.shape[2], keys, prefix_k.shape[1], group, form.window
 
 
 def launch_rows(kernel, tile, q, form, *arguments):

@@ -1,6 +1,7 @@
 """The kernels of prefix_attention, called directly: outputs, log-sum-exp and gradients against float64."""
 
 import itertools
+import math
 import re
 
 import pytest
@@ -67,12 +68,21 @@ def assert_lse(lse, tensors, form, cu_seqlens=None, mask=None):
     torch.testing.assert_close(lse[finite].double(), exact[finite], rtol=5e-7, atol=1e-5)
 
 
-def check(actual, lse, tensors, form, cu_seqlens=None, mask=None):
-    """actual: the first of NAMES. The prefix's gradients are float32 before they become what the parameter is."""
+def check(actual, lse, tensors, form, cu_seqlens=None, mask=None, one_hot=False):
+    """actual: the first of NAMES. The prefix's gradients are float32 before they become what the parameter is.
+
+    one_hot: all weights are 0 or 1. Then the gradients of the scores are differences of equal numbers, 0 in the formula;
+    a kernel that adds both in float32, each in its own order, leaves some units in their last place.
+    """
+    q, k, v, _, _, dout = tensors
     plain = formula(tensors, form, cu_seqlens, mask)
     exact = formula(tensors, form, cu_seqlens, mask, FP64)
     for name, a, p, e in zip(NAMES, actual, plain, exact, strict=False):
-        assert_parity(a.to(p.dtype).cpu(), p, e, name)
+        if one_hot and name in ("dq", "dk", "dprefix_k"):
+            size = math.prod(t.abs().max().item() for t in (dout, v, k if name == "dq" else q))
+            assert (a.cpu() - e).abs().max() <= 8 * torch.finfo(FP32).eps * size, name
+        else:
+            assert_parity(a.to(p.dtype).cpu(), p, e, name)
     assert_lse(lse.cpu(), tensors, form, cu_seqlens, mask)
 
 
@@ -105,11 +115,13 @@ def run_triton(tensors, form, cu_seqlens=None, mask=None):
     return [out, dq, *dkv, *dprefix], lse
 
 
-def check_triton(backend, B, H, Hkv, S, T, P, D, dtype=BF16, cu_seqlens=None, mask=None, logits=1.0, **form):
+def check_triton(
+    backend, B, H, Hkv, S, T, P, D, dtype=BF16, cu_seqlens=None, mask=None, logits=1.0, one_hot=False, **form
+):
     tensors, form = problem(B, H, Hkv, S, T, P, D, dtype, backend.device, logits), form_of(D, **form)
     cu_seqlens, mask = (None if t is None else t.to(backend.device) for t in (cu_seqlens, mask))
     actual, lse = run_triton(tensors, form, cu_seqlens, mask)
-    check(actual, lse, tensors, form, cu_seqlens, mask)
+    check(actual, lse, tensors, form, cu_seqlens, mask, one_hot)
     return tensors, actual
 
 
@@ -161,7 +173,7 @@ def test_triton_with_padding(backend, kind):
 @TRITON
 def test_triton_with_a_window(backend, window):
     """Smaller than the prefix, as long, and larger; rows see none of it, some of it, or all."""
-    check_triton(backend, 1, 2, 1, 140, 140, 20, 64, window=window)
+    check_triton(backend, 1, 2, 1, 140, 140, 20, 64, window=window, one_hot=window == 1)
 
 
 @TRITON
@@ -179,7 +191,7 @@ def test_triton_with_softcap(backend):
 
 @TRITON
 def test_triton_with_extreme_values(backend):
-    check_triton(backend, 1, 2, 1, 40, 40, 20, 64, logits=1e4)
+    check_triton(backend, 1, 2, 1, 40, 40, 20, 64, logits=1e4, one_hot=True)
     tensors = problem(1, 2, 1, 40, 40, 20, 64, device=backend.device)
     tensors[2].zero_(), tensors[4].zero_()
     actual, lse = run_triton(tensors, form_of(64))
@@ -198,7 +210,7 @@ def test_triton_with_documents(backend, options):
 
 @TRITON
 def test_triton_repeats_its_bits_and_touches_no_input(backend):
-    tensors, form = problem(3, 8, 2, 200, 200, 20, 64, device=backend.device), form_of(64)
+    tensors, form = problem(1, 2, 1, 130, 130, 20, 64, device=backend.device), form_of(64)
     before = [t.clone() for t in tensors]
     (first, _), (second, _) = run_triton(tensors, form), run_triton(tensors, form)
     assert all(map(torch.equal, first, second))

@@ -16,7 +16,7 @@ So its length is what a warp has to issue at least. Subroutines (CALL: the slow 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 
@@ -67,6 +67,8 @@ def blocks(code: list[Instruction]) -> list[Block]:
     for instruction in code:
         if instruction.opcode.split(".")[0] in ("BRX", "BRXU", "JMX", "JMXU", "JMP"):
             raise ValueError(f"an indirect branch at {instruction.address:#x}: {instruction.opcode}")
+    if not any(i.opcode.split(".")[0] == "RET" for i in code):  # then a CALL is a jump: ptxas leaves loops by some
+        code = [replace(i, opcode="BRA") if i.opcode.startswith("CALL.REL") else i for i in code]
     starts = {code[0].address} | {i.target for i in code if i.target is not None}
     starts |= {after.address for i, after in zip(code, code[1:], strict=False) if _ends_block(i)}
     result: list[Block] = []

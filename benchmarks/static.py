@@ -237,7 +237,7 @@ SUBJECTS = (
         triton=None,
         cost=lambda N, K: costs.lora_add(_TOKENS, N, _RANK, 2),
         elements=lambda N, K: _TOKENS * N,
-        counted=(r"STG\.E\.128", 2),
+        counted=(r"STG\.E\.128", 2),  # the way of a float32 B, which loads most
         trips={"HMMA": _RANK // 32},  # the ranks that are in shared memory at a time
     ),
     # Triton. A step copies codes and a tile of x, which stays for all 128 features: for an element of the weight half a

@@ -2,15 +2,16 @@
 // launches.
 //
 // Bound by memory: 4096 x 4096 in NF4 with rank 16 are 8.9 MB, 2.7 to 3.0 us at 3.35 to 3.0 TB/s (H100); 4096 -> 14336
-// 31 MB. So codes go from global memory to registers, each once, and 4 kB of them are on their way for each warp.
-// Next comes shared memory: a look-up for two weights, 4 wavefronts for each 16 bytes of x a lane, are 64 wavefronts
-// for 2048 weights at M = 8, 2.3 us of all SMs together, and 120 at M = 64, 4.2 us, as long as mma.sync needs there.
-// Last the issue slots: 2.5 instructions a weight in the loop of sm_90a, 1.4 us (M <= 16: 2.9, 32: 3.1, 64: 4.3). All
-// modelled.
+// 31 MB. So codes go from global memory to registers, each once, and 2 to 3 kB of them are on their way for each warp.
+// Next comes shared memory, in wavefronts for the 2048 weights that a warp multiplies at a time: 32 of look-ups, 8 for
+// each eight tokens, about 24 of copies, codes and scales. That is 64 at M = 8, 2.3 us of all SMs together, and 120 at
+// M = 64, 4.2 us, as long as mma.sync needs there. Last the issue slots: 2.5 instructions a weight in the loop of
+// sm_90a with nested absmax, 1.4 us (M <= 16: 2.9, 32: 2.9, 64: 4.2). All modelled.
 //
-// The look-up, per weight and at M <= 8, counted in the same loop: a byte as a pair of T, a column for each lane, 2.5;
-// the same in lines of 128 bytes, 3.5; a nibble by a shuffle, 3.9 and twice the wavefronts; byte permutations of a
-// table in registers, 4.9, most of them on a pipe of half the rate.
+// Variants of the look-up, in instructions a weight of the same loop at M <= 8: a byte as a pair of T, a column for
+// each lane, 2.5; the same in lines of 128 bytes, 3.5, since an address is a shift and a LOP3; a nibble by a
+// shuffle, 3.9 and twice the wavefronts; byte permutations of a table in registers, 4.9, most of them on a pipe of half
+// the rate.
 //
 // Products are mma.m16n8k16 from M = 1 on: W is the 16-row operand and eight tokens the other, so a token is a column
 // and a weight is looked up once for all of them. The absmax is applied in float32 to the sum of a slice of 64 weights.
@@ -26,8 +27,8 @@
 // CTAs an SM for M <= 16, by registers (128) and shared memory; above that one.
 //
 // K % 8 == 0; x, W, A aligned to 16 bytes, packed codes to 4 (cudaErrorInvalidValue otherwise). The table serves
-// K % 64 == 0, blocksize >= 64 and codes aligned to 8; other NF4 weights are dequantized one by one (Nf4Words), 8.8
-// instructions a weight.
+// K % 64 == 0, blocksize >= 64 and codes aligned to 8; other NF4 weights are dequantized one by one (Nf4Words), 9 to
+// 10 instructions a weight.
 #include <algorithm>
 #include <cmath>
 
@@ -137,11 +138,12 @@ bool is_valid(int M, int N, int K, int R) {
 cudaError_t lora_linear_decode(const LoraLinearDecodeParams& p, cudaStream_t stream) {
   if (!decode::is_valid(p.M, p.N, p.K, p.R) || p.dtype == DType::fp32) return cudaErrorInvalidValue;
   if (p.R > 0 && p.adapter_dtype != p.dtype && p.adapter_dtype != DType::fp32) return cudaErrorInvalidValue;
+  if (p.M == 0 || p.N == 0) return cudaSuccess;  // pointers may be null
   if (!p.weight && (!is_blocksize(p.nf4.blocksize) || !is_aligned(p.nf4.packed, 4))) return cudaErrorInvalidValue;
   if (!is_aligned(p.x, 16) || !is_aligned(p.weight, 16) || !is_aligned(p.lora_a, 16) || !is_aligned(p.workspace, 16)) {
     return cudaErrorInvalidValue;
   }
-  return p.M == 0 || p.N == 0 ? cudaSuccess : decode::run(p, stream);
+  return decode::run(p, stream);
 }
 
 cudaError_t lora_linear_decode_workspace_bytes(int M, int N, int K, int R, size_t* bytes) {

@@ -76,6 +76,13 @@ def test_the_hot_path_multiplies_where_it_can():
     assert opcodes(idle_warps_skip_it) == ["LDGSTS.E.128", "BRA", "HMMA.16816", "BRA"]
 
 
+def test_a_call_is_a_jump_where_nothing_returns():
+    left_by_a_call = listing("HMMA.16816", "@P0 CALL.REL.NOINC 0x30", "BRA 0x0", "STG.E", "EXIT")
+    assert opcodes(left_by_a_call, trips={"HMMA": 1}) == ["HMMA.16816", "BRA", "STG.E", "EXIT"]
+    subroutine = listing("@P0 CALL.REL.NOINC 0x30", "STG.E", "EXIT", "LDG.E.128", "RET")
+    assert opcodes(subroutine) == ["CALL.REL.NOINC", "STG.E", "EXIT"]
+
+
 def test_a_guarded_exit_may_end_the_hot_path():
     assert opcodes(listing("STG.E", "@P0 EXIT", "MOV", "EXIT")) == ["STG.E", "EXIT"]
     assert opcodes(listing("MOV", "@P0 EXIT", "STG.E", "EXIT")) == ["MOV", "EXIT", "STG.E", "EXIT"]

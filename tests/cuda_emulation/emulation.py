@@ -62,7 +62,8 @@ class Emulation:
         for line in lines:
             address, kind, signature = line.split(" ", 2)
             name = kernel_name(signature)
-            if kind in "tTwWuV" and re.fullmatch(r"\w+_kernel(<.*>)?", name) and "[clone" not in signature:
+            is_part = "[clone" in signature or "{lambda" in signature
+            if kind in "tTwWuV" and re.fullmatch(r"\w+_kernel(<.*>)?", name) and not is_part:
                 found[int(address, 16)] = name
         return found
 

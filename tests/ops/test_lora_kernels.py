@@ -384,7 +384,8 @@ def test_decode_with_and_without_its_options(backend):
 @CUDA
 def test_decode_of_nothing(backend):
     for M, N in ((0, 40), (3, 0)):
-        check_decode(backend, M, N, 64, 4)
+        for kind in KINDS[::2]:
+            check_decode(backend, M, N, 64, 4, kind)
 
 
 @CUDA

@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +26,7 @@ import fastpeft
 from benchmarks.environment import RESULTS, append_csv, describe
 from fastpeft.integrations.bitsandbytes import close_cpu_trap
 
-METHODS = ("lora", "qlora", "dora", "qdora")
+METHODS = ("lora", "qlora", "dora", "qdora", "prefix")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--prefix-tokens", type=int, default=32)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the base model")
@@ -63,6 +64,9 @@ def build(args: argparse.Namespace) -> nn.Module:
     model = LlamaForCausalLM(config).to(args.device, dtype)
     if args.method in ("qlora", "qdora"):
         quantize_linears(model, dtype)
+    if args.method == "prefix":
+        prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.prefix_tokens)
+        return get_peft_model(model, prefix).train()
     lora = LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,

@@ -62,7 +62,7 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
         _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
-            real = [t[:, :, i] for t in (dout, q, k, v)]
+            real = [t[:, :, i] for t in (dout, q, k, v, out, lse)]
             into = [t[:, :, i] for t in (dq, dk, dv)]
             _block_backward(*real, prefix_k, prefix_v, key_padding_mask, form, [*into, *dprefix])
     return grads
@@ -91,137 +91,172 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.to(wide), b.to(wide))
 
 
-def _product_dtype(t: Tensor) -> torch.dtype:
-    """In which dtype rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it."""
-    if t.device.type == "cpu":
-        if t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.float32
-        if t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-            return torch.float32
-    return t.dtype
+def _product_dtype(t: Tensor, form: Form) -> torch.dtype:
+    """In which dtype a block's rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it,
+    or where scores are needed before anything is subtracted from them."""
+    slow = t.device.type == "cpu" and (
+        (t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        or (t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    )
+    return _wide(t.dtype) if slow or form.softcap is not None else t.dtype
 
 
-# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i.
+# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i. The heads that share
+# a key take turns in the rows of its scores: row i of head g is row i * G + g, so that a block of rows is a slice.
 
 
 class _Block(NamedTuple):
-    """Rows of some sequences, and the columns that any of them may see."""
+    """Rows of some sequences, and the columns that any of these rows may see."""
 
-    batch: slice
     rows: slice
     columns: slice
 
 
-def _blocks(q: Tensor, k: Tensor, P: int, form: Form) -> Iterator[tuple[slice, list[_Block]]]:
-    """Sequences that are worked on together, with the blocks of their rows."""
-    (B, H, S, _), T = q.shape, k.shape[2]
+class _Plan(NamedTuple):
+    """Which sequences are worked on together, in which blocks."""
+
+    batches: list[slice]
+    blocks: list[_Block]
+    P: int
+    T: int
+    S: int
+    G: int
+
+
+def _plan(q: Tensor, k: Tensor, P: int, form: Form) -> _Plan:
+    (B, H, S, _), (_, Hkv, T, _) = q.shape, k.shape
     budget = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS["cuda"])
     if q.device.type == "cpu":
         budget *= torch.get_num_threads()
     together = min(B, max(1, budget // (H * S * (P + T))))
-    rows = S if together > 1 else min(S, max(_LEAST_ROWS, budget // (H * (P + T))))
-    for b in range(0, B, together):
-        batch = slice(b, min(b + together, B))
-        yield batch, [_block(batch, slice(i, min(i + rows, S)), P, T, S, form) for i in range(0, S, rows)]
+    step = S if together > 1 else min(S, max(_LEAST_ROWS, budget // (H * (P + T))))
+    blocks = []
+    for start in range(0, S, step):
+        rows = slice(start, min(start + step, S))
+        first = 0 if form.window is None else max(0, P + T - S + rows.start - form.window + 1)
+        blocks.append(_Block(rows, slice(first, P + T - S + rows.stop if form.causal else P + T)))
+    return _Plan([slice(b, min(b + together, B)) for b in range(0, B, together)], blocks, P, T, S, H // Hkv)
 
 
-def _block(batch: slice, rows: slice, P: int, T: int, S: int, form: Form) -> _Block:
-    first, last = (P + T - S + row for row in (rows.start, rows.stop - 1))
-    start = 0 if form.window is None else max(0, first - form.window + 1)
-    return _Block(batch, rows, slice(start, last + 1 if form.causal else P + T))
+def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype, ones: int = 0) -> Tensor:
+    """[n * Hkv, P + T, D + ones] in `dtype`: the prefix before each of n sequences, and columns of ones."""
+    (n, Hkv, T, D), P = real.shape, prefix.shape[1]
+    joined = torch.empty(n, Hkv, P + T, D + ones, dtype=dtype, device=real.device)
+    joined[:, :, :P, :D] = prefix
+    joined[:, :, P:, :D] = real
+    joined[..., D:] = 1
+    return joined.view(n * Hkv, P + T, D + ones)
 
 
-def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, Hkv, P + T, D] in `dtype`: the prefix before each of the n sequences of a block."""
-    n, Hkv, T, D = real.shape
-    P = prefix.shape[1]
-    joined = torch.empty(n, Hkv, P + T, D, dtype=dtype, device=real.device)
-    joined[:, :, :P] = prefix
-    joined[:, :, P:] = real
-    return joined.view(n * Hkv, P + T, D)
+def _by_rows(t: Tensor, G: int) -> Tensor:
+    """[n, H, S, C] as [n, Hkv, S, G, C], a view."""
+    return t.unflatten(1, (-1, G)).transpose(2, 3)
 
 
-def _rows_of(t: Tensor, block: _Block, Hkv: int, dtype: torch.dtype) -> Tensor:
-    """[n * Hkv, G * rows, D] in `dtype`: the rows of the heads that share a key."""
-    t = t[block.batch, :, block.rows]
-    n, H, rows, D = t.shape
-    return t.to(dtype).reshape(n * Hkv, H // Hkv * rows, D)
+def _stacked(t: Tensor, G: int, dtype: torch.dtype, minus: Tensor | None = None) -> Tensor:
+    """[n, H, S, C] -> [n * Hkv, S * G, C] in `dtype`.
+
+    minus: [n, H, S]; two more columns, whose product with columns of ones subtracts it, to twice the bits of `dtype`.
+    """
+    view, C = _by_rows(t, G), t.shape[3]
+    n, Hkv, S = view.shape[:3]
+    stacked = torch.empty(n, Hkv, S, G, C if minus is None else C + 2, dtype=dtype, device=t.device)
+    stacked[..., :C] = view
+    if minus is not None:
+        negative = -_by_rows(minus.unsqueeze(-1), G).squeeze(-1)
+        stacked[..., C] = negative
+        stacked[..., C + 1] = negative - stacked[..., C]
+    return stacked.view(n * Hkv, S * G, -1)
 
 
-def _scores(queries: Tensor, keys: Tensor, block: _Block, P: int, T: int, S: int, mask, form: Form) -> Tensor:
-    """[n * Hkv, G * rows, columns] in at least float32; -inf where a row does not see a column. queries: scaled."""
-    scores = torch.bmm(queries, keys[:, block.columns].transpose(1, 2))
+def _put(rows: Tensor, into: Tensor, G: int) -> None:
+    """The way back: [n * Hkv, S * G, C] into [n, H, S, C]."""
+    into = _by_rows(into, G)
+    into.copy_(rows.view(into.shape))
+
+
+def _scores(queries: Tensor, keys: Tensor, block: _Block, plan: _Plan, hidden: Tensor | None, form: Form) -> Tensor:
+    """[n * Hkv, rows * G, columns]; -inf where a row does not see a column. hidden: [n, T], True hides a real key."""
+    P, T, S, G = plan[2:]
+    rows, columns = block
+    scores = torch.bmm(queries[:, rows.start * G : rows.stop * G], keys[:, columns].transpose(1, 2))
     if form.softcap is not None:
         scores.div_(form.softcap).tanh_().mul_(form.softcap)
-    first, rows = P + T - S + block.rows.start, block.rows.stop - block.rows.start
-    start, stop = block.columns.start, block.columns.stop
-    n = block.batch.stop - block.batch.start
-    heads = scores.view(n, -1, rows, stop - start)  # the rows of one head are adjacent
-    row = torch.arange(rows, device=scores.device).unsqueeze(1)
-    if form.causal and rows > 1:
-        column = torch.arange(rows, device=scores.device)
-        heads[..., first - start :].masked_fill_(column > row, float("-inf"))
-    if form.window is not None and first + rows - 1 - start >= form.window:
-        column = torch.arange(start, min(stop, first + rows - form.window), device=scores.device)
-        heads[..., : len(column)].masked_fill_(column <= row + (first - form.window), float("-inf"))
-    if mask is not None and stop > P:
-        shown = slice(max(start, P), stop)
-        hidden = ~mask[block.batch, shown.start - P : shown.stop - P]
-        heads[..., shown.start - start :].masked_fill_(hidden[:, None, None], float("-inf"))
+    first = P + T - S + rows.start  # where the first row stands
+    by_row = scores.view(len(scores), rows.stop - rows.start, G, -1)
+    row = torch.arange(by_row.shape[1], device=scores.device)[:, None, None]
+    if form.causal and len(row) > 1:
+        column = row.flatten()
+        by_row[..., first - columns.start :].masked_fill_(column > row, float("-inf"))
+    if form.window is not None and first + len(row) - 1 - columns.start >= form.window:
+        column = torch.arange(columns.start, min(columns.stop, first + len(row) - form.window), device=scores.device)
+        by_row[..., : len(column)].masked_fill_(column <= row + (first - form.window), float("-inf"))
+    if hidden is not None and columns.stop > P:
+        shown = slice(max(columns.start, P), columns.stop)
+        by_sequence = scores.view(len(hidden), -1, scores.shape[2])[..., shown.start - columns.start :]
+        by_sequence.masked_fill_(hidden[:, None, shown.start - P : shown.stop - P], float("-inf"))
     return scores
 
 
-def _softmax(scores: Tensor, may_be_empty: bool) -> Tensor:
-    weights = torch.softmax(scores, -1)
-    return weights.nan_to_num_(0.0) if may_be_empty else weights
-
-
 def _block_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
-    (_, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]
-    wide, low = _wide(q.dtype), _product_dtype(q)
+    plan = _plan(q, k, prefix_k.shape[1], form)
+    wide, low, G = _wide(q.dtype), _product_dtype(q, form), plan.G
     may_be_empty = mask is not None and form.window is not None  # else a row sees the prefix or itself
-    for batch, blocks in _blocks(q, k, P, form):
+    for batch in plan.batches:
         keys, values = _joined(prefix_k, k[batch], wide), _joined(prefix_v, v[batch], low)
-        for block in blocks:
-            queries = _rows_of(q, block, Hkv, wide) * form.scale
-            scores = _scores(queries, keys, block, P, T, S, mask, form)
-            weights = _softmax(scores, may_be_empty)
+        queries = _stacked(q[batch], G, wide).mul_(form.scale)
+        hidden = None if mask is None else ~mask[batch]
+        for block in plan.blocks:
+            scores = _scores(queries, keys, block, plan, hidden, form)
+            weights = torch.softmax(scores, -1)
+            if may_be_empty:
+                weights.nan_to_num_(0.0)
+            _put(torch.bmm(weights.to(low), values[:, block.columns]), out[batch, :, block.rows], G)
             # The weight of the largest score is exp(largest - lse).
-            largest, weight = scores.amax(-1), weights.amax(-1)
-            block_lse = torch.where(weight > 0, largest - weight.log(), largest)
-            product = torch.bmm(weights.to(low), values[:, block.columns])
-            rows = out[batch, :, block.rows]
-            rows.copy_(product.view(rows.shape))
-            lse[batch, :, block.rows] = block_lse.view(rows.shape[:3])
+            block_lse = scores.amax(-1, keepdim=True).sub_(weights.amax(-1, keepdim=True).log_())
+            if may_be_empty:
+                block_lse.nan_to_num_(float("-inf"))
+            _put(block_lse, lse[batch, :, block.rows].unsqueeze(-1), G)
 
 
-def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> None:
-    (_, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]
+def _block_backward(dout, q, k, v, out, lse, prefix_k, prefix_v, mask, form, grads) -> None:
+    """Softmax weights are exp(score - lse), the gradient of a score its weight times (dweight - delta).
+
+    Both differences come out of the product itself, by two more columns of its operands, and so are rounded after the
+    subtraction: else a rounding error of a large score would be one of its weight.
+    """
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    wide, low = _wide(q.dtype), _product_dtype(q)
-    may_be_empty = mask is not None and form.window is not None
-    for batch, blocks in _blocks(q, k, P, form):
-        keys, values = _joined(prefix_k, k[batch], low), _joined(prefix_v, v[batch], wide)
-        wide_keys = keys.to(wide)
-        dkeys, dvalues = torch.zeros_like(wide_keys), torch.zeros_like(values)
-        for block in blocks:
-            columns = block.columns
-            queries, douts = _rows_of(q, block, Hkv, low), _rows_of(dout, block, Hkv, low)
-            scores = _scores(queries.to(wide) * form.scale, wide_keys, block, P, T, S, mask, form)
-            weights = _softmax(scores, may_be_empty)
-            dweights = torch.bmm(douts.to(wide), values[:, columns].transpose(1, 2))
-            dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
+    plan, D = _plan(q, k, prefix_k.shape[1], form), q.shape[3]
+    wide, low, G, P = _wide(q.dtype), _product_dtype(q, form), plan.G, plan.P
+    delta = (dout.to(wide) * out).sum(-1)
+    lse = lse.masked_fill(lse == float("-inf"), 0)  # every column of such a row is hidden anyway
+    for batch in plan.batches:
+        keys, values = _joined(prefix_k, k[batch], low, ones=2), _joined(prefix_v, v[batch], low, ones=2)
+        # With a softcap, which comes before the subtraction, the columns of lse stay out of the product.
+        queries = _stacked(q[batch], G, low, minus=lse[batch])
+        queries[..., :D] *= form.scale
+        douts = _stacked(dout[batch], G, low, minus=delta[batch])
+        hidden = None if mask is None else ~mask[batch]
+        dkeys, dvalues = (torch.zeros(len(t), P + plan.T, D, dtype=wide, device=q.device) for t in (keys, values))
+        for block in plan.blocks:
+            columns, rows = block.columns, slice(block.rows.start * G, block.rows.stop * G)
+            if form.softcap is None:
+                scores = _scores(queries, keys, block, plan, hidden, form)
+            else:
+                capped = _scores(queries[..., :D], keys[..., :D], block, plan, hidden, form)
+                scores = capped + queries[:, rows, D:].sum(-1, keepdim=True)
+            weights = scores.exp_()
+            dscores = torch.bmm(douts[:, rows], values[:, columns].transpose(1, 2)).mul_(weights)
             if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
-                dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
-            dscores = dscores.to(low)
-            rows = dq[batch, :, block.rows]
-            rows.copy_(torch.bmm(dscores, keys[:, columns]).mul_(form.scale).view(rows.shape))
-            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries)
-            dvalues[:, columns] += torch.bmm(weights.to(low).transpose(1, 2), douts)
-        dkeys, dvalues = dkeys.mul_(form.scale).view(-1, Hkv, P + T, D), dvalues.view(-1, Hkv, P + T, D)
+                dscores.mul_(capped.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
+            _put(torch.bmm(dscores, keys[:, columns, :D]), dq[batch, :, block.rows], G)
+            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries[:, rows, :D])
+            dvalues[:, columns] += torch.bmm(weights.transpose(1, 2), douts[:, rows, :D])
+        dkeys, dvalues = dkeys.view(-1, k.shape[1], P + plan.T, D), dvalues.view(-1, k.shape[1], P + plan.T, D)
         dk[batch], dv[batch] = dkeys[:, :, P:], dvalues[:, :, P:]
         dprefix_k += dkeys[:, :, :P].sum(0)
         dprefix_v += dvalues[:, :, :P].sum(0)
+    dq *= form.scale
 
 
 # Flash

@@ -95,6 +95,10 @@ class PrefixEncoder(nn.Module):
         flat = self.embedding.weight
         return flat if self.hidden is None else self.transform(flat)
 
+    def keys_values(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer the keys and the values, each [heads, P, head_dim]."""
+        return split_layers(self(), self.layers, self.heads)
+
     def flat(self) -> PrefixEncoder:
         """A flat encoder of the same keys and values: what the MLP is not needed for after training."""
         with torch.no_grad():
@@ -210,7 +214,9 @@ def _keys_values_of(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     return [t[0] for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-def split_layers(flat: Tensor, layers: int, heads: int, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
+def split_layers(
+    flat: Tensor, layers: int, heads: int, dtype: torch.dtype | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """The flat form [P, 2 * layers * heads * D] as keys and values [heads, P, D] of each layer.
 
     One copy and one cast for all layers; its backward is one sum, where a slice a layer would fill the whole with

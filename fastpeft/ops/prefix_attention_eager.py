@@ -25,6 +25,8 @@ _LEAST_ROWS = 32
 
 # From so many keys on torch's flash attention is as fast on a CPU as blocks; see benchmarks/prefix_attention.py.
 _FLASH_FROM_KEYS_ON_CPU = 1024
+# Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Form(NamedTuple):
@@ -42,7 +44,7 @@ def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> 
     lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
     if out.numel() == 0:
         return out, lse
-    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form) or _decodes_on_cpu(q, cu_seqlens, form):
         _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse)
     else:
         for i in _documents(cu_seqlens):
@@ -59,7 +61,7 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
     if out.numel() == 0:
         return [grad.zero_() for grad in grads]
     if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
-        _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse, grads)
+        _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
             real = [t[:, :, i] for t in (dout, q, k, v, out, lse)]
@@ -220,39 +222,43 @@ def _block_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
 
 
 def _block_backward(dout, q, k, v, out, lse, prefix_k, prefix_v, mask, form, grads) -> None:
-    """Softmax weights are exp(score - lse), the gradient of a score its weight times (dweight - delta).
-
-    Both differences come out of the product itself, by two more columns of its operands, and so are rounded after the
-    subtraction: else a rounding error of a large score would be one of its weight.
-    """
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    plan, D = _plan(q, k, prefix_k.shape[1], form), q.shape[3]
+    plan, (D, Hkv) = _plan(q, k, prefix_k.shape[1], form), (q.shape[3], k.shape[1])
     wide, low, G, P = _wide(q.dtype), _product_dtype(q, form), plan.G, plan.P
-    delta = (dout.to(wide) * out).sum(-1)
-    lse = lse.masked_fill(lse == float("-inf"), 0)  # every column of such a row is hidden anyway
+    rounds = low != wide
+    if rounds:
+        delta = (dout.to(wide) * out).sum(-1)
+        lse = lse.masked_fill(lse == float("-inf"), 0)  # every column of such a row is hidden anyway
+    may_be_empty = mask is not None and form.window is not None
     for batch in plan.batches:
-        keys, values = _joined(prefix_k, k[batch], low, ones=2), _joined(prefix_v, v[batch], low, ones=2)
-        # With a softcap, which comes before the subtraction, the columns of lse stay out of the product.
-        queries = _stacked(q[batch], G, low, minus=lse[batch])
+        ones = 2 if rounds else 0
+        keys, values = (_joined(*pair, low, ones) for pair in ((prefix_k, k[batch]), (prefix_v, v[batch])))
+        queries = _stacked(q[batch], G, low, lse[batch] if rounds else None)
         queries[..., :D] *= form.scale
-        douts = _stacked(dout[batch], G, low, minus=delta[batch])
+        douts = _stacked(dout[batch], G, low, delta[batch] if rounds else None)
         hidden = None if mask is None else ~mask[batch]
         dkeys, dvalues = (torch.zeros(len(t), P + plan.T, D, dtype=wide, device=q.device) for t in (keys, values))
         for block in plan.blocks:
             columns, rows = block.columns, slice(block.rows.start * G, block.rows.stop * G)
-            if form.softcap is None:
-                scores = _scores(queries, keys, block, plan, hidden, form)
+            scores = _scores(queries, keys, block, plan, hidden, form)
+            dweights = torch.bmm(douts[:, rows], values[:, columns].transpose(1, 2))
+            if rounds:
+                # exp(score - lse), and its product with (dweight - delta). Both differences come out of the products
+                # above, by two more columns of their operands, and so are rounded after the subtraction: else a
+                # rounding error of a large score would be one of its weight.
+                weights = scores.exp_()
+                dscores = dweights.mul_(weights)
             else:
-                capped = _scores(queries[..., :D], keys[..., :D], block, plan, hidden, form)
-                scores = capped + queries[:, rows, D:].sum(-1, keepdim=True)
-            weights = scores.exp_()
-            dscores = torch.bmm(douts[:, rows], values[:, columns].transpose(1, 2)).mul_(weights)
-            if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
-                dscores.mul_(capped.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
+                weights = torch.softmax(scores, -1)
+                if may_be_empty:
+                    weights.nan_to_num_(0.0)
+                dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
+                if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
+                    dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
             _put(torch.bmm(dscores, keys[:, columns, :D]), dq[batch, :, block.rows], G)
             dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries[:, rows, :D])
             dvalues[:, columns] += torch.bmm(weights.transpose(1, 2), douts[:, rows, :D])
-        dkeys, dvalues = dkeys.view(-1, k.shape[1], P + plan.T, D), dvalues.view(-1, k.shape[1], P + plan.T, D)
+        dkeys, dvalues = dkeys.view(-1, Hkv, P + plan.T, D), dvalues.view(-1, Hkv, P + plan.T, D)
         dk[batch], dv[batch] = dkeys[:, :, P:], dvalues[:, :, P:]
         dprefix_k += dkeys[:, :, :P].sum(0)
         dprefix_v += dvalues[:, :, :P].sum(0)
@@ -267,13 +273,17 @@ def _flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
     S, T, D = q.shape[2], k.shape[2], q.shape[3]
     if form.softcap is not None or form.window is not None or (form.causal and S not in (1, T)):
         return False
+    if mask is not None or q.dtype not in _FLASH_DTYPES:
+        return False
     if q.device.type == "cpu":
-        if S == 1:  # decoding reads the cache where it lies
-            return cu_seqlens is None
-        return mask is None and cu_seqlens is None and T >= _FLASH_FROM_KEYS_ON_CPU
-    if q.device.type == "cuda":
-        return mask is None and q.dtype.itemsize == 2 and D % 8 == 0 and D <= 256 and _has_flash(q.device)
-    return False
+        return cu_seqlens is None and T >= _FLASH_FROM_KEYS_ON_CPU and S > 1
+    return q.is_cuda and D % 8 == 0 and D <= 256 and _has_flash(q.device)
+
+
+def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:
+    """One query: torch's op reads the cache where it lies, and takes a mask of keys."""
+    plain = form.softcap is None and form.window is None and cu_seqlens is None
+    return plain and q.device.type == "cpu" and q.shape[2] == 1
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -296,10 +306,10 @@ def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse
     _from_key_head(merged_lse, lse.unsqueeze(-1), Hkv)
 
 
-def _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse, grads) -> None:
+def _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads) -> None:
     Hkv = k.shape[1]
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    real_dq, real_dk, real_dv = _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse)
+    real_dq, real_dk, real_dv = _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
     dk.copy_(real_dk)
     dv.copy_(real_dv)
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
@@ -355,7 +365,7 @@ def _torch_flash(q, k, v, cu_seqlens, mask, form) -> tuple[Tensor, Tensor]:
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
 
-def _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+def _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse: those of the joint softmax. Returns dq, dk, dv."""
     S, causal = q.shape[2], form.causal and q.shape[2] > 1
     if q.is_cuda:
@@ -367,12 +377,9 @@ def _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse) -> tu
             scale=form.scale,
         )  # fmt: skip
         return tuple(_heads_first(t) for t in grads)
-    shape = q.shape
-    dout, q, out = (_share_keys(t, k) for t in (dout, q, out))
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse.reshape(q.shape[:3]), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=form.scale
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=form.scale
     )
-    return dq.reshape(shape), dk, dv
 
 
 def _share_keys(t: Tensor, k: Tensor) -> Tensor:

@@ -103,6 +103,9 @@ def _product_dtype(t: Tensor, form: Form) -> torch.dtype:
     return _wide(t.dtype) if slow or form.softcap is not None else t.dtype
 
 
+# A float32 is the sum of three bfloat16.
+_PARTS = 3
+
 # Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i. The heads that share
 # a key take turns in the rows of its scores: row i of head g is row i * G + g, so that a block of rows is a slice.
 
@@ -158,16 +161,17 @@ def _by_rows(t: Tensor, G: int) -> Tensor:
 def _stacked(t: Tensor, G: int, dtype: torch.dtype, minus: Tensor | None = None) -> Tensor:
     """[n, H, S, C] -> [n * Hkv, S * G, C] in `dtype`.
 
-    minus: [n, H, S]; two more columns, whose product with columns of ones subtracts it, to twice the bits of `dtype`.
+    minus: [n, H, S] float32; `_PARTS` more columns, whose product with columns of ones subtracts it.
     """
     view, C = _by_rows(t, G), t.shape[3]
     n, Hkv, S = view.shape[:3]
-    stacked = torch.empty(n, Hkv, S, G, C if minus is None else C + 2, dtype=dtype, device=t.device)
+    stacked = torch.empty(n, Hkv, S, G, C if minus is None else C + _PARTS, dtype=dtype, device=t.device)
     stacked[..., :C] = view
     if minus is not None:
-        negative = -_by_rows(minus.unsqueeze(-1), G).squeeze(-1)
-        stacked[..., C] = negative
-        stacked[..., C + 1] = negative - stacked[..., C]
+        rest = -_by_rows(minus.unsqueeze(-1), G).squeeze(-1)
+        for part in range(C, C + _PARTS):
+            stacked[..., part] = rest
+            rest = rest - stacked[..., part]
     return stacked.view(n * Hkv, S * G, -1)
 
 
@@ -231,7 +235,7 @@ def _block_backward(dout, q, k, v, out, lse, prefix_k, prefix_v, mask, form, gra
         lse = lse.masked_fill(lse == float("-inf"), 0)  # every column of such a row is hidden anyway
     may_be_empty = mask is not None and form.window is not None
     for batch in plan.batches:
-        ones = 2 if rounds else 0
+        ones = _PARTS if rounds else 0
         keys, values = (_joined(*pair, low, ones) for pair in ((prefix_k, k[batch]), (prefix_v, v[batch])))
         queries = _stacked(q[batch], G, low, lse[batch] if rounds else None)
         queries[..., :D] *= form.scale
@@ -244,8 +248,8 @@ def _block_backward(dout, q, k, v, out, lse, prefix_k, prefix_v, mask, form, gra
             dweights = torch.bmm(douts[:, rows], values[:, columns].transpose(1, 2))
             if rounds:
                 # exp(score - lse), and its product with (dweight - delta). Both differences come out of the products
-                # above, by two more columns of their operands, and so are rounded after the subtraction: else a
-                # rounding error of a large score would be one of its weight.
+                # above, by more columns of their operands, and so are rounded after the subtraction: else a rounding
+                # error of a large score would be one of its weight.
                 weights = scores.exp_()
                 dscores = dweights.mul_(weights)
             else:

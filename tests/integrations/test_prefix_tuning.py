@@ -153,14 +153,15 @@ def test_bfloat16_is_no_further_off_than_peft(make):
 
 @pytest.mark.parametrize("make", DECODERS)
 def test_generate_gives_the_tokens_of_peft(make):
-    """Greedy and beams, padded on the left, from dynamic and static caches; peft swaps a static one for a dynamic."""
+    """Greedy and beams, padded on the left; and from a static cache, which peft's generate stumbles over."""
     model, ids = tuned(make), text()
     left = {"attention_mask": padded(ids, "left")["attention_mask"]}
-    calls = ({}, left, left | {"num_beams": 3}, left | {"cache_implementation": "static"})
+    calls = ({}, left, left | {"num_beams": 3})
     stock = [generate(model, ids, **call) for call in calls]
     fastpeft.accelerate(model)
     for call, expected in zip(calls, stock, strict=True):
         assert torch.equal(generate(model, ids, **call), expected), call
+        assert torch.equal(generate(model, ids, **call, cache_implementation="static"), expected), call
     assert not torch.equal(generate(model.base_model, ids, **left), stock[1])  # the prefix has an effect
 
 

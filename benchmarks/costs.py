@@ -2,7 +2,7 @@
 
 A byte is counted once, as if every cache were large enough: these are floors, and measured times are compared with
 them. Operations are those of the formula, a multiply-add being two; look-ups, conversions and addresses are not
-counted. Letters as everywhere: N out features, K in features, R rank.
+counted. Letters as everywhere: M tokens, N out features, K in features, R rank.
 """
 
 from __future__ import annotations
@@ -81,4 +81,68 @@ def nf4_merge(
         written_bytes=dequantize.written_bytes,
         cuda_core_ops=dequantize.cuda_core_ops + update + (N * K if gain else 0),
         tensor_core_ops=2 * N * K * R,
+    )
+
+
+def lora_linear_decode(
+    M: int, N: int, K: int, R: int, itemsize: int, blocksize: int = 64, nested: bool = True, dense: bool = False
+) -> Cost:
+    """x W^T + scale * (x A^T) B^T: every product on tensor cores; dequantization, scale and sum elsewhere."""
+    weight = Cost(N * K * itemsize, 0, 0) if dense else nf4_dequantize(N * K, itemsize, blocksize, nested)
+    return Cost(
+        read_bytes=weight.read_bytes + (M * K + R * (N + K)) * itemsize,
+        written_bytes=M * N * itemsize,
+        cuda_core_ops=weight.cuda_core_ops + (2 * M * N if R else 0),
+        tensor_core_ops=2 * M * (N * K + R * (N + K)),
+    )
+
+
+def lora_linear(M: int, N: int, K: int, R: int, itemsize: int, blocksize: int = 64, nested: bool = True) -> Cost:
+    """x W^T + scale * xa B^T with xa given; of dy W + scale * u A too, with N and K exchanged."""
+    weight = nf4_dequantize(N * K, itemsize, blocksize, nested)
+    return Cost(
+        read_bytes=weight.read_bytes + (M * K + R * (M + N)) * itemsize,
+        written_bytes=M * N * itemsize,
+        cuda_core_ops=weight.cuda_core_ops + (2 * M * N if R else 0),
+        tensor_core_ops=2 * M * N * (K + R),
+    )
+
+
+def lora_down(M: int, K: int, R: int, itemsize: int) -> Cost:
+    """xa = x A^T; of u = dy B too, with N for K."""
+    return Cost(
+        read_bytes=(M * K + R * K) * itemsize,
+        written_bytes=M * R * itemsize,
+        cuda_core_ops=0,
+        tensor_core_ops=2 * M * K * R,
+    )
+
+
+def lora_down_grad(M: int, K: int, R: int, itemsize: int) -> Cost:
+    """dA = scale * u^T x; of dB = scale * dy^T xa too, with N for K."""
+    return Cost(
+        read_bytes=(M * K + M * R) * itemsize,
+        written_bytes=R * K * itemsize,
+        cuda_core_ops=R * K,
+        tensor_core_ops=2 * M * K * R,
+    )
+
+
+def lora_up_grad(M: int, N: int, R: int, itemsize: int) -> Cost:
+    """dB = scale * dy^T xa and u = dy B, with dy read once."""
+    return Cost(
+        read_bytes=(M * N + N * R + M * R) * itemsize,
+        written_bytes=(N * R + M * R) * itemsize,
+        cuda_core_ops=R * N,
+        tensor_core_ops=4 * M * N * R,
+    )
+
+
+def lora_add(M: int, N: int, R: int, itemsize: int) -> Cost:
+    """y += scale * xa B^T."""
+    return Cost(
+        read_bytes=(M * N + M * R + N * R) * itemsize,
+        written_bytes=M * N * itemsize,
+        cuda_core_ops=2 * M * N,
+        tensor_core_ops=2 * M * N * R,
     )

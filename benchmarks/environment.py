@@ -1,8 +1,9 @@
-"""What a figure depends on: device, versions, commit. One dict of strings, the first columns of every CSV."""
+"""What a figure depends on: device, versions, commit, clocks. Dicts of strings, the first columns of every CSV."""
 
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -15,9 +16,22 @@ RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+def _output(*command: str) -> str:
+    """Standard output; empty where the command fails or does not exist."""
+    try:
+        result = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def commit() -> tuple[str, str]:
+    """The commit and whether the tree differs from it; FASTPEFT_COMMIT names it where there is no repository."""
+    head = _output("git", "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return os.environ.get("FASTPEFT_COMMIT", "unknown")[:12], "unknown"
+    changed = _output("git", "status", "--porcelain", "--", "..", ":!results")
+    return head, str(bool(changed)).lower()
 
 
 def _cpu_name() -> str:
@@ -34,18 +48,38 @@ def _version(package: str) -> str:
         return "absent"
 
 
+def _nvidia_smi(device: torch.device, *fields: str) -> list[str]:
+    """What the driver says of this GPU; empty strings where the tool is missing."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    chosen = [f"--id=GPU-{uuid}"] if uuid else []
+    text = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *chosen)
+    values = [value.strip() for value in text.splitlines()[0].split(",")] if text else []
+    return values if len(values) == len(fields) else [""] * len(fields)
+
+
 def describe(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        driver = _nvidia_smi(device, "driver_version")[0]
     else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        name, capability, driver = f"{_cpu_name()}, {torch.get_num_threads()} threads", "", ""
+    head, dirty = commit()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "dirty": str(bool(_git("status", "--porcelain", "--", "..", ":!results"))).lower(),
+        "commit": head,
+        "dirty": dirty,
         "device": name,
+        "capability": capability,
+        "driver": driver,
         **{package: _version(package) for package in _PACKAGES},
     }
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """MHz of a GPU's multiprocessors and memory now, to be asked right after work; empty on a CPU."""
+    sm, memory = _nvidia_smi(device, "clocks.sm", "clocks.mem") if device.type == "cuda" else ("", "")
+    return {"sm_mhz": sm, "memory_mhz": memory}
 
 
 def append_csv(path: Path, row: dict) -> None:
@@ -62,3 +96,8 @@ def append_csv(path: Path, row: dict) -> None:
         if not exists:
             writer.writeheader()
         writer.writerow(row)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

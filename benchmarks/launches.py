@@ -75,10 +75,78 @@ def _nf4(kernels) -> Launches:
         )
 
 
-TRITON: dict[str, Callable[..., Launches]] = {"nf4": _nf4}
+def _lora_linear(kernels) -> Launches:
+    # Tokens choose the tile. Each is compiled as QLoRA mostly runs it ("light"), where no sum is shared, and with all
+    # that takes registers ("heavy"): many ranks, adapters in float32, a bias or dropout. Then storage and shapes that
+    # take other code, and what no tile divides.
+    light = dict(dtype="bf16", adapter="bf16", R=16, N=32768, K=32768)
+    heavy = dict(dtype="fp16", adapter="fp32", R=64, N=4096, K=4096)
+    odd = dict(dtype="bf16", adapter="fp32", R=13, N=1001, K=1000)
+    cases = [("light", dict(light, weight="nested", M=M)) for M in (16, 512)]
+    cases += [("heavy", dict(heavy, weight="nested", M=M)) for M in (16, 32, 64, 512)]
+    cases += [("heavy", dict(heavy, weight="plain", M=64))]
+    cases += [("heavy", dict(odd, weight="nested", M=M, K=K)) for M, K in ((64, 1000), (512, 1000), (64, 999))]
+    cases += [("heavy", dict(heavy, weight="dense", M=M)) for M in (16, 32, 64, 512)]
+    cases += [("heavy", dict(odd, weight="dense", M=64))]
+    for extras, shape in cases:
+        x, dy, xa, seed, A, B, bias = _lora_tensors(**shape)
+        weight = _lora_weight(**shape)
+        bias, seed, p = (bias, seed, 0.1) if extras == "heavy" else (None, None, 0.0)
+        case = f"{extras} {_case(**shape)}"
+        yield f"lora_linear_fwd {case}", partial(kernels.lora_linear_fwd, x, weight, xa, B, bias, 2.0, dy)
+        yield f"lora_linear_dx {case}", partial(kernels.lora_linear_dx, dy, weight, xa, A, 2.0, seed, p, x)
 
-# CUDA kernel -> bytes of dynamic shared memory that its launcher asks for, which the machine code does not say.
-CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {}
+    cases = [("heavy", dict(odd, M=32)), ("light", dict(light, M=8192)), ("heavy", dict(light, M=8192))]
+    cases += [("heavy", dict(heavy, M=8192)), ("light", dict(light, M=16))]
+    for extras, shape in cases:
+        x, dy, xa, seed, A, B, _ = _lora_tensors(**shape)
+        seed, p = (seed, 0.1) if extras == "heavy" else (None, 0.0)
+        case = f"{extras} {_case(**shape)}"
+        yield f"lora_down {case}", partial(kernels.lora_down, x, A, seed, p, xa)
+        yield f"lora_down_grad {case}", partial(kernels.lora_down_grad, x, xa, seed, p, 2.0, A)
+        if extras == "heavy":  # it has no dropout
+            yield f"lora_up_grad {case}", partial(kernels.lora_up_grad, dy, B, xa, xa, B, 2.0)
+
+
+def _lora_tensors(dtype, adapter, R, N, K, M, weight=None) -> list[Tensor]:
+    """x, dy, xa, seed, A, B, bias; outputs have the shape of one of them."""
+    shapes = ((M, K), _DTYPES[dtype]), ((M, N), _DTYPES[dtype]), ((M, R), _DTYPES[dtype]), ((1,), torch.int64)
+    shapes += ((R, K), _DTYPES[adapter]), ((N, R), _DTYPES[adapter]), ((N,), _DTYPES[dtype])
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+
+
+def _lora_weight(weight, dtype, N, K, **_) -> Tensor | tuple:
+    if weight == "dense":
+        return torch.empty(N, K, dtype=_DTYPES[dtype], device="meta")
+    packed, blocks = _tensor(-(-N * K // 2), torch.uint8, True), -(-N * K // 64)
+    if weight == "plain":
+        return packed, _tensor(blocks, torch.float32, True), None, None, None, 64
+    sizes = _GROUP, -(-blocks // _GROUP), 1
+    nested = [_tensor(size, torch.float32, True) for size in sizes]
+    return packed, _tensor(blocks, torch.uint8, True), *nested, 64
+
+
+TRITON: dict[str, Callable[..., Launches]] = {"nf4": _nf4, "lora_linear": _lora_linear}
+
+# CUDA kernel instances (a regular expression) -> bytes of dynamic shared memory that their launcher asks for, which the
+# machine code does not say. tests/ops/test_lora_kernels.py compares them with what is launched.
+CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {
+    r"lora_down_kernel<\w+, 16, .*": 8 * 10240,
+    r"lora_down_kernel<\w+, 64, .*": 6 * 16384,
+    r"lora_down_kernel<\w+, 128, .*": 3 * 32768,
+    # dA, dA with dropout, dB
+    r"lora_grad_kernel<\w+, 16, \(Product\)[012]>": 5 * 17408,
+    r"lora_grad_kernel<\w+, 64, \(Product\)[012]>": 4 * 20480,
+    r"lora_grad_kernel<\w+, 128, \(Product\)[012]>": 4 * 24576,
+    # dB and u
+    r"lora_grad_kernel<\w+, 16, \(Product\)3>": 5 * 16896 + 8192,
+    r"lora_grad_kernel<\w+, 32, \(Product\)3>": 4 * 17408 + 16384,
+    # table and tokens, scales, absmax_code, sums of warps
+    r"lora_linear_decode_kernel<.*, 1>": 65536 + 4096 + 1024 + 14 * 512,
+    r"lora_linear_decode_kernel<.*, 2>": 65536 + 4096 + 1024 + 24 * 512,
+    r"lora_linear_decode_kernel<.*, 4>": 65536 + 4096 + 1024 + 32 * 512,
+    r"lora_linear_decode_kernel<.*, 8>": 65536 + 4096 + 1024 + 1 * 512,
+}
 
 
 def _compile_instead_of_launching(arch: str) -> list[tuple]:

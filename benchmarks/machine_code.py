@@ -95,6 +95,8 @@ def cuda_kernels(source: Path, archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kern
 
     binary = folder / "module.fatbin"
     usages = _parse_ptxas((folder / "ptxas.log").read_text())
+    if not usages:  # launchers only
+        return []
     names = _demangled([usage["symbol"] for usage in usages])
     entries = _ptx_entries(binary)
     kernels = []
@@ -104,7 +106,7 @@ def cuda_kernels(source: Path, archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kern
         if threads is None:
             raise RuntimeError(f"{source.name}: {name} needs __launch_bounds__: they limit its registers")
         if dynamic:
-            usage["shared_bytes"] += _dynamic_shared_bytes(name)
+            usage["shared_bytes"] += dynamic_shared_bytes(name)
         kernels.append(
             Kernel(language="cuda", file=source.name, name=name, threads=threads, binary=binary, cases=(), **usage)
         )
@@ -162,13 +164,12 @@ def write_csv(kernels: list[Kernel], path: Path) -> None:
         writer.writerows([getattr(kernel, column) for column in columns] for kernel in kernels)
 
 
-def _dynamic_shared_bytes(kernel: str) -> int:
-    function = re.match(r"\w+", kernel)[0]
-    if function not in launches.CUDA_DYNAMIC_SHARED_BYTES:
-        raise RuntimeError(
-            f"{kernel} uses dynamic shared memory: write into benchmarks/launches.py how much it asks for"
-        )
-    return launches.CUDA_DYNAMIC_SHARED_BYTES[function]
+def dynamic_shared_bytes(kernel: str) -> int:
+    """What the launcher of a kernel instance asks for; RuntimeError where launches.py does not say."""
+    for pattern, size in launches.CUDA_DYNAMIC_SHARED_BYTES.items():
+        if re.fullmatch(pattern, kernel):
+            return size
+    raise RuntimeError(f"{kernel} uses dynamic shared memory: write into benchmarks/launches.py how much it asks for")
 
 
 def compile_all(archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kernel]:
@@ -231,7 +232,7 @@ def _parse_ptxas(log: str) -> list[dict]:
 def _demangled(symbols: list[str]) -> dict[str, str]:
     """Symbol -> the kernel's name with its template arguments, without namespaces and parameters."""
     run = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True)
-    plain = run.stdout.replace("(anonymous namespace)::", "").replace("fastpeft::", "")
+    plain = re.sub(r"\w+::", "", run.stdout.replace("(anonymous namespace)::", ""))
     return {
         symbol: re.search(r"(\w+_kernel(?:<.*?>)?)\(", line)[1]
         for symbol, line in zip(symbols, plain.splitlines(), strict=True)

@@ -5,9 +5,10 @@ from the kernel's entry to EXIT, or from a loop's head back to it; a loop inside
 says how often it runs. Of all passes, the hot one
 
 1. runs the loops of which the caller says so,
-2. moves the most bytes between global memory and registers or shared memory: whoever takes it does all of the work,
-3. by the fewest instructions: neither the version for unaligned pointers nor the one with a mask for every element,
-4. and is the shortest of what remains: work of a few warps, which the others branch around, is not in it.
+2. issues the most tensor-core products (HMMA): a warp that has nothing to multiply may branch around them,
+3. moves the most bytes between global memory and registers or shared memory: whoever takes it does all of the work,
+4. by the fewest instructions: neither the version for unaligned pointers nor the one with a mask for every element,
+5. and is the shortest of what remains: work of a few warps, which the others branch around, is not in it.
 
 So its length is what a warp has to issue at least. Subroutines (CALL: the slow path of a division) are not in it.
 """
@@ -15,7 +16,7 @@ So its length is what a warp has to issue at least. Subroutines (CALL: the slow 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 
@@ -66,6 +67,8 @@ def blocks(code: list[Instruction]) -> list[Block]:
     for instruction in code:
         if instruction.opcode.split(".")[0] in ("BRX", "BRXU", "JMX", "JMXU", "JMP"):
             raise ValueError(f"an indirect branch at {instruction.address:#x}: {instruction.opcode}")
+    if not any(i.opcode.split(".")[0] == "RET" for i in code):  # then a CALL is a jump: ptxas leaves loops by some
+        code = [replace(i, opcode="BRA") if i.opcode.startswith("CALL.REL") else i for i in code]
     starts = {code[0].address} | {i.target for i in code if i.target is not None}
     starts |= {after.address for i, after in zip(code, code[1:], strict=False) if _ends_block(i)}
     result: list[Block] = []
@@ -162,6 +165,7 @@ def hot_path(sass: str, trips: dict[str, int] | None = None, cold: tuple[str, ..
 @dataclass(order=True)
 class _Pass:
     loops: int = 0
+    products: int = 0
     moved: int = 0
     minus_moves: int = 0
     minus_length: int = 0
@@ -170,8 +174,10 @@ class _Pass:
     def after(self, block: Block, times: int, begins_loop: bool) -> _Pass:
         """`block`, executed `times` times, and then this."""
         moves = [moved for i in block.instructions if (moved := moved_bytes(i))]
+        products = sum(i.opcode.split(".")[0].endswith("MMA") for i in block.instructions)
         return _Pass(
             self.loops + (begins_loop and times > 0),
+            self.products + times * products,
             self.moved + times * sum(moves),
             self.minus_moves - times * len(moves),
             self.minus_length - times * len(block.instructions),

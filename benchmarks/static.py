@@ -113,13 +113,15 @@ class Subject:
     triton: str | None  # the case of launches.py
     cost: Callable[[int, int], costs.Cost]  # of N, K
     elements: Callable[[int, int], int]  # of N, K
-    counted: tuple[str, int]  # elements in the hot path: bytes moved by opcodes that match, over bytes of an element
+    counted: tuple[str, float]  # elements in the hot path: bytes moved by opcodes that match, over bytes of an element
     trips: dict[str, int] = field(default_factory=dict)  # see sass.hot_path
     cold: tuple[str, ...] = ()
 
 
 _BLOCKSIZE = 64
 _RANK = 64  # four steps of 16 for the tensor cores
+_LOW_RANK = 16
+_TOKENS = 8192  # of a training step
 
 SUBJECTS = (
     Subject(
@@ -161,6 +163,112 @@ SUBJECTS = (
         elements=lambda N, K: -(-N * K // _BLOCKSIZE),
         counted=(r"STG\.E\.U(8|16)", 1),
     ),
+    *(
+        Subject(
+            f"lora_linear_decode, bf16, nested, rank {_LOW_RANK}, M = {M}",
+            "lora_linear",
+            cuda=f"lora_linear_decode_kernel<__nv_bfloat16, Nf4Rows<__nv_bfloat16, true>, {tiles}>",
+            triton=None,
+            cost=lambda N, K, M=M: costs.lora_linear_decode(M, N, K, _LOW_RANK, 2, _BLOCKSIZE),
+            elements=lambda N, K: N * K,
+            counted=(r"LDG\..*64", 0.5),  # codes, eight bytes at a time
+            cold=("STG",),  # where a sum ends
+        )
+        for M, tiles in ((1, 1), (16, 2), (32, 4), (64, 8))
+    ),
+    Subject(
+        f"lora_linear_decode, bf16, dense, rank {_LOW_RANK}, M = 1",
+        "lora_linear",
+        cuda="lora_linear_decode_kernel<__nv_bfloat16, DenseRows<__nv_bfloat16, __nv_bfloat16>, 1>",
+        triton=None,
+        cost=lambda N, K: costs.lora_linear_decode(1, N, K, _LOW_RANK, 2, dense=True),
+        elements=lambda N, K: N * K,
+        counted=(r"LDG\..*128", 2),
+        cold=("STG",),
+    ),
+    # What a step copies for an element of x or dy: its own two bytes and its part of the panel.
+    Subject(
+        f"lora_down, bf16, rank {_RANK}, M = {_TOKENS}",
+        "lora_linear",
+        cuda="lora_down_kernel<__nv_bfloat16, 64, false, false>",
+        triton=None,
+        cost=lambda N, K: costs.lora_down(_TOKENS, K, _RANK, 2),
+        elements=lambda N, K: _TOKENS * K,
+        counted=("LDGSTS", 2 * (64 + _RANK) / 64),
+    ),
+    Subject(
+        f"lora_down with dropout, bf16, rank {_RANK}, M = {_TOKENS}",
+        "lora_linear",
+        cuda="lora_down_kernel<__nv_bfloat16, 64, false, true>",
+        triton=None,
+        cost=lambda N, K: costs.lora_down(_TOKENS, K, _RANK, 2),
+        elements=lambda N, K: _TOKENS * K,
+        counted=("LDGSTS", 2 * (64 + _RANK) / 64),
+    ),
+    Subject(
+        f"lora_down_grad, bf16, rank {_RANK}, M = {_TOKENS}",
+        "lora_linear",
+        cuda="lora_grad_kernel<__nv_bfloat16, 64, (Product)0>",
+        triton=None,
+        cost=lambda N, K: costs.lora_down_grad(_TOKENS, K, _RANK, 2),
+        elements=lambda N, K: _TOKENS * K,
+        counted=("LDGSTS", 2 * (256 + _RANK) / 256),
+    ),
+    Subject(
+        f"lora_up_grad, bf16, rank {_LOW_RANK}, M = {_TOKENS}",
+        "lora_linear",
+        cuda="lora_grad_kernel<__nv_bfloat16, 16, (Product)3>",
+        triton=None,
+        cost=lambda N, K: costs.lora_up_grad(_TOKENS, N, _LOW_RANK, 2),
+        elements=lambda N, K: _TOKENS * N,
+        counted=("LDGSTS", 2 * (512 + 128) / 512),  # the panel is too small for all threads: a quarter copy
+    ),
+    Subject(
+        f"lora_add, bf16, rank {_RANK}, M = {_TOKENS}",
+        "lora_linear",
+        cuda="lora_add_kernel<__nv_bfloat16, false>",
+        triton=None,
+        cost=lambda N, K: costs.lora_add(_TOKENS, N, _RANK, 2),
+        elements=lambda N, K: _TOKENS * N,
+        counted=(r"STG\.E\.128", 2),  # the way of a float32 B, which loads most
+        trips={"HMMA": _RANK // 32},  # the ranks that are in shared memory at a time
+    ),
+    # Triton. A step copies codes and a tile of x, which stays for all 128 features: for an element of the weight half a
+    # byte, and two for each token of the tile over the features.
+    *(
+        Subject(
+            f"lora_linear_{direction}, bf16, nested, rank {_LOW_RANK}, M = {M}",
+            "lora_linear",
+            cuda=None,
+            triton=f"lora_linear_{direction} light dtype=bf16 adapter=bf16 R=16 N=32768 K=32768 weight=nested M={M}",
+            cost=cost,
+            elements=lambda N, K, M=M, rows=rows: N * K * M // rows,  # each tile of tokens dequantizes all of them
+            counted=(r"LDGSTS\..*128", 0.5 + 2 * rows / 128),
+        )
+        for M, rows in ((16, 16), (512, 128))
+        for direction, cost in (
+            ("fwd", lambda N, K, M=M: costs.lora_linear(M, N, K, _LOW_RANK, 2, _BLOCKSIZE)),
+            ("dx", lambda N, K, M=M: costs.lora_linear(M, K, N, _LOW_RANK, 2, _BLOCKSIZE)),
+        )
+    ),
+    *(
+        Subject(
+            f"{pass_}, bf16, rank {_LOW_RANK}, M = {_TOKENS}, Triton",
+            "lora_linear",
+            cuda=None,
+            triton=f"{pass_.split()[0]} {case} dtype=bf16 adapter=bf16 R=16 N=32768 K=32768 M=8192",
+            cost=lambda N, K, cost=cost, width=width: cost(_TOKENS, width(N, K), _LOW_RANK, 2),
+            elements=lambda N, K, width=width: _TOKENS * width(N, K),
+            counted=(r"LDGSTS\..*128", 2),
+        )
+        for pass_, case, cost, width in (
+            ("lora_down", "light", costs.lora_down, lambda N, K: K),
+            ("lora_down with dropout", "heavy", costs.lora_down, lambda N, K: K),
+            ("lora_down_grad", "light", costs.lora_down_grad, lambda N, K: K),
+            ("lora_down_grad with dropout", "heavy", costs.lora_down_grad, lambda N, K: K),
+            ("lora_up_grad", "heavy", costs.lora_up_grad, lambda N, K: N),
+        )
+    ),
 )
 
 
@@ -175,8 +283,9 @@ def instructions_per_element(subject: Subject, code: str) -> float:
 
 
 def kernels_of(subject: Subject, compiled: list[Kernel]) -> list[Kernel]:
-    """Its CUDA kernel and its Triton kernel, those of them that were compiled."""
-    return [k for k in compiled if k.name == subject.cuda or subject.triton in k.cases]
+    """Its CUDA kernel and its Triton kernel, those of them that were compiled; not what adds parts of sums up."""
+    launched = [k for k in compiled if subject.triton in k.cases and k.function != "sum_partials_kernel"]
+    return [k for k in compiled if k.name == subject.cuda] + launched
 
 
 def compile_subjects(subjects: list[Subject], arch: str) -> list[Kernel]:

@@ -113,6 +113,93 @@ PYBIND11_MODULE(_cuda, m) {
       "weight"_a, "lora_a"_a, "lora_b"_a, "scaling"_a, "scaling_tensor"_a, "gain"_a, "out"_a, "dtype"_a, "N"_a, "K"_a,
       "R"_a, "stream"_a);
 
+  m.def(
+      "lora_linear_decode",
+      [](Address x, Address weight, const Nf4Storage* nf4, Address lora_a, Address lora_b, DType adapter_dtype,
+         float scaling, Address scaling_tensor, Address gain, Address bias, Address y, Address workspace, DType dtype,
+         int M, int N, int K, int R, Address stream) {
+        const LoraLinearDecodeParams p{pointer<const void>(x),
+                                       pointer<const void>(weight),
+                                       nf4 ? *nf4 : Nf4Storage{},
+                                       pointer<const void>(lora_a),
+                                       pointer<const void>(lora_b),
+                                       adapter_dtype,
+                                       scaling,
+                                       pointer<const float>(scaling_tensor),
+                                       pointer<const float>(gain),
+                                       pointer<const void>(bias),
+                                       pointer<void>(y),
+                                       pointer<void>(workspace),
+                                       dtype,
+                                       M,
+                                       N,
+                                       K,
+                                       R};
+        check("lora_linear_decode", lora_linear_decode(p, stream_of(stream)));
+      },
+      "x"_a, "weight"_a, "nf4"_a.none(true), "lora_a"_a, "lora_b"_a, "adapter_dtype"_a, "scaling"_a, "scaling_tensor"_a,
+      "gain"_a, "bias"_a, "y"_a, "workspace"_a, "dtype"_a, "M"_a, "N"_a, "K"_a, "R"_a, "stream"_a);
+
+  m.def(
+      "lora_linear_decode_workspace_bytes",
+      [](int M, int N, int K, int R) {
+        size_t bytes = 0;
+        check("lora_linear_decode_workspace_bytes", lora_linear_decode_workspace_bytes(M, N, K, R, &bytes));
+        return bytes;
+      },
+      "M"_a, "N"_a, "K"_a, "R"_a);
+
+  m.def(
+      "lora_down",
+      [](Address x, Address lora_a, DType adapter_dtype, Address xa, Address seed, double dropout_p, DType dtype, int M,
+         int K, int R, Address workspace, Address stream) {
+        check("lora_down",
+              lora_down({pointer<const void>(x), pointer<const void>(lora_a), adapter_dtype, pointer<void>(xa),
+                         pointer<const int64_t>(seed), dropout_p, dtype, M, K, R, pointer<void>(workspace)},
+                        stream_of(stream)));
+      },
+      "x"_a, "lora_a"_a, "adapter_dtype"_a, "xa"_a, "seed"_a, "dropout_p"_a, "dtype"_a, "M"_a, "K"_a, "R"_a,
+      "workspace"_a, "stream"_a);
+  m.def("lora_down_workspace_bytes", &lora_down_workspace_bytes, "M"_a, "K"_a, "R"_a);
+
+  m.def(
+      "lora_up_grad",
+      [](Address dy, Address lora_b, DType adapter_dtype, Address xa, Address u, Address d_b, float scale, DType dtype,
+         int M, int N, int R, Address workspace, Address stream) {
+        check("lora_up_grad", lora_up_grad({pointer<const void>(dy), pointer<const void>(lora_b), adapter_dtype,
+                                            pointer<const void>(xa), pointer<void>(u), pointer<void>(d_b), scale, dtype,
+                                            M, N, R, pointer<void>(workspace)},
+                                           stream_of(stream)));
+      },
+      "dy"_a, "lora_b"_a, "adapter_dtype"_a, "xa"_a, "u"_a, "d_b"_a, "scale"_a, "dtype"_a, "M"_a, "N"_a, "R"_a,
+      "workspace"_a, "stream"_a);
+  m.def("lora_up_grad_workspace_bytes", &lora_up_grad_workspace_bytes, "M"_a, "N"_a, "R"_a);
+
+  m.def(
+      "lora_down_grad",
+      [](Address x, Address u, Address d_a, DType adapter_dtype, float scale, Address seed, double dropout_p,
+         DType dtype, int M, int K, int R, Address workspace, Address stream) {
+        check("lora_down_grad",
+              lora_down_grad({pointer<const void>(x), pointer<const void>(u), pointer<void>(d_a), adapter_dtype, scale,
+                              pointer<const int64_t>(seed), dropout_p, dtype, M, K, R, pointer<void>(workspace)},
+                             stream_of(stream)));
+      },
+      "x"_a, "u"_a, "d_a"_a, "adapter_dtype"_a, "scale"_a, "seed"_a, "dropout_p"_a, "dtype"_a, "M"_a, "K"_a, "R"_a,
+      "workspace"_a, "stream"_a);
+  m.def("lora_down_grad_workspace_bytes", &lora_down_grad_workspace_bytes, "M"_a, "K"_a, "R"_a);
+
+  m.def(
+      "lora_add",
+      [](Address y, Address xa, Address lora_b, DType adapter_dtype, bool transposed, float scale, Address seed,
+         double dropout_p, DType dtype, int M, int N, int R, Address stream) {
+        check("lora_add",
+              lora_add({pointer<void>(y), pointer<const void>(xa), pointer<const void>(lora_b), adapter_dtype,
+                        transposed, scale, pointer<const int64_t>(seed), dropout_p, dtype, M, N, R},
+                       stream_of(stream)));
+      },
+      "y"_a, "xa"_a, "lora_b"_a, "adapter_dtype"_a, "transposed"_a, "scale"_a, "seed"_a, "dropout_p"_a, "dtype"_a,
+      "M"_a, "N"_a, "R"_a, "stream"_a);
+
   // The two below answer on a machine without a driver too: an error is part of the answer.
   m.def(
       "device_count",

@@ -20,21 +20,34 @@ namespace fastpeft {
 
 // cudaLaunchKernelEx instead of <<<>>>: it returns the launch's own error, and it is plain C++, so that a host compiler
 // takes the same line when the kernels are executed on the CPU for tests.
+// With `early` the kernel may be scheduled while the one before it in the stream still runs and has called
+// start_dependents() (ptx.cuh; sm_90 and later); before it touches what that one wrote it calls wait_for_dependency().
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
-                   Args&&... args) {
+cudaError_t launch_dependent(void (*kernel)(Params...), bool early, dim3 grid, dim3 block, size_t smem_bytes,
+                             cudaStream_t stream, Args&&... args) {
   // Above 48 kB a kernel has to ask; the attribute stays with the kernel, and setting it again changes nothing.
   if (smem_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = smem_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                   Args&&... args) {
+  return launch_dependent(kernel, false, grid, block, smem_bytes, stream, static_cast<Args&&>(args)...);
 }
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

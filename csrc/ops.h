@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace fastpeft {
@@ -75,5 +76,97 @@ struct Nf4MergeParams {
   int N, K, R;                  // R may be 0
 };
 cudaError_t nf4_merge(const Nf4MergeParams& p, cudaStream_t stream);
+
+// y[m, n] = gain[n] * (sum_k x[m, k] * W[n, k] + scale * sum_r xa[m, r] * B[n, r]) + bias[n], xa = x A^T,
+// scale = scaling * *scaling_tensor.
+struct LoraLinearDecodeParams {
+  const void* x;                // [M, K] of dtype
+  const void* weight;           // W [N, K] of dtype, or null for nf4
+  Nf4Storage nf4;               // all zeros where weight is given
+  const void* lora_a;           // A [R, K] of adapter_dtype
+  const void* lora_b;           // B [N, R] of adapter_dtype
+  DType adapter_dtype;          // dtype, or fp32, then rounded to dtype
+  float scaling;                // multiplied by
+  const float* scaling_tensor;  // one float, or null for 1
+  const float* gain;            // [N], or null for 1
+  const void* bias;             // [N] of dtype, or null for 0
+  void* y;                      // [M, N] of dtype
+  void* workspace;
+  DType dtype;
+  int M, N, K, R;
+};
+cudaError_t lora_linear_decode(const LoraLinearDecodeParams& p, cudaStream_t stream);
+// For the current device, whatever the weight and the dtypes.
+cudaError_t lora_linear_decode_workspace_bytes(int M, int N, int K, int R, size_t* bytes);
+
+// The low-rank products of lora_linear's training, each one pass over x [M, K] or dy [M, N]. Rank R >= 1. dtype is bf16
+// or fp16, that of x, dy, xa, u and y; adapters (and their gradients) have adapter_dtype, which is dtype or fp32: a
+// float32 master copy, rounded to dtype when it is read. Sums are float32 in an order that depends on the sizes alone.
+// keep(m, k) is 1 or 0: the mask of fastpeft/reference/dropout.py from *seed, one int64 on the device; seed null or
+// dropout_p 0 keeps all. Nothing divides by 1 - dropout_p: that is the caller's part of `scale`.
+// A workspace has <op>_workspace_bytes(...) bytes, 16-byte aligned, and no meaning after the call; null if that is 0.
+
+// xa[m, r] = sum_k keep(m, k) * x[m, k] * A[r, k]
+struct LoraDownParams {
+  const void* x;       // [M, K]
+  const void* lora_a;  // A [R, K] of adapter_dtype
+  DType adapter_dtype;
+  void* xa;  // [M, R]
+  const int64_t* seed;
+  double dropout_p;
+  DType dtype;
+  int M, K, R;
+  void* workspace;
+};
+cudaError_t lora_down(const LoraDownParams& p, cudaStream_t stream);
+size_t lora_down_workspace_bytes(int M, int K, int R);
+
+// u[m, r] = sum_n dy[m, n] * B[n, r]
+// d_b[n, r] = scale * sum_m dy[m, n] * xa[m, r]
+struct LoraUpGradParams {
+  const void* dy;      // [M, N]
+  const void* lora_b;  // B [N, R] of adapter_dtype, read if u is wanted
+  DType adapter_dtype;
+  const void* xa;  // [M, R], read if d_b is wanted
+  void* u;         // [M, R], or null: not wanted
+  void* d_b;       // [N, R] of adapter_dtype, or null: not wanted
+  float scale;
+  DType dtype;
+  int M, N, R;
+  void* workspace;
+};
+cudaError_t lora_up_grad(const LoraUpGradParams& p, cudaStream_t stream);
+size_t lora_up_grad_workspace_bytes(int M, int N, int R);
+
+// d_a[r, k] = scale * sum_m u[m, r] * keep(m, k) * x[m, k]
+struct LoraDownGradParams {
+  const void* x;  // [M, K]
+  const void* u;  // [M, R]
+  void* d_a;      // [R, K] of adapter_dtype
+  DType adapter_dtype;
+  float scale;
+  const int64_t* seed;
+  double dropout_p;
+  DType dtype;
+  int M, K, R;
+  void* workspace;
+};
+cudaError_t lora_down_grad(const LoraDownGradParams& p, cudaStream_t stream);
+size_t lora_down_grad_workspace_bytes(int M, int K, int R);
+
+// y[m, n] += scale * keep(m, n) * sum_r xa[m, r] * B[n, r], in float32, rounded once.
+struct LoraAddParams {
+  void* y;             // [M, N]
+  const void* xa;      // [M, R]
+  const void* lora_b;  // B [N, R] of adapter_dtype
+  DType adapter_dtype;
+  bool transposed;  // lora_b is [R, N]: dx += scale * keep * u A
+  float scale;
+  const int64_t* seed;
+  double dropout_p;
+  DType dtype;
+  int M, N, R;
+};
+cudaError_t lora_add(const LoraAddParams& p, cudaStream_t stream);
 
 }  // namespace fastpeft

@@ -43,6 +43,10 @@ template <int N>
 void cp_async_wait() {
   emulation::cp_async_wait(N);
 }
+inline void hold_loads() {}
+inline void prefetch(const void*) {}
+inline void start_dependents() {}
+inline void wait_for_dependency() { emulation::wait_for_dependency(); }
 
 #else
 
@@ -91,6 +95,29 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Orders nothing that the program can see: ptxas, which lets unrolled code begin with all of its loads, moves no load
+// across.
+__device__ __forceinline__ void hold_loads() { __syncwarp(); }
+
+// Brings the line of L2 that holds this address there.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Programmatic dependent launch (launch_dependent in common.cuh); no-ops before sm_90. The kernel that depends on this
+// one may be scheduled once every CTA of this one has come here or ended.
+__device__ __forceinline__ void start_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until the kernel before this one has ended and what it wrote is visible.
+__device__ __forceinline__ void wait_for_dependency() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #endif

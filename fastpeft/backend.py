@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,6 +20,7 @@ from fastpeft import _native
 
 NAMES = ("cuda", "triton", "eager", "reference")
 _KERNELS = ("cuda", "triton")
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 _forced: ContextVar[str | None] = ContextVar("fastpeft_backend", default=None)
 _logger = logging.getLogger("fastpeft")
@@ -36,8 +39,11 @@ if _from_environment is not None:
 
 
 class use_backend:
-    """`with fastpeft.use_backend("eager"): ...` forces one backend in this thread or task; an op that has no such
-    backend, or whose arguments it cannot take, raises and says why."""
+    """`with fastpeft.use_backend("eager"): ...` forces one backend in this thread or task.
+
+    An op whose arguments that backend cannot take raises and says why. An op that has no kernel of that name (the loss
+    has none) runs as it would without; `backend=` as an argument of such an op raises.
+    """
 
     def __init__(self, name: str):
         self.name = _checked(name, "use_backend")
@@ -58,15 +64,57 @@ def requested(backend: str | None) -> str | None:
     return _forced.get() or _from_environment
 
 
-def choose(op: str, rules: Mapping[str, Callable[..., str | None]], *args, backend: str | None = None) -> str:
+@dataclass(frozen=True)
+class Row:
+    """A row of an op's decision table: on a GPU, the backend of the first row that holds is the fastest that is known.
+
+    tokens: the most rows of x. storage: of the weight, "nf4", "dense" or None for either. training: True where
+    gradients are wanted, False where not, None for either. dtypes: of x; None for any. capability: of the GPU, the
+    least. source: "modelled" (from bytes and instructions), or the benchmark and GPU whose figures say so.
+    """
+
+    backend: str
+    reason: str
+    source: str = "modelled"
+    tokens: float = math.inf
+    storage: str | None = None
+    training: bool | None = None
+    dtypes: tuple[torch.dtype, ...] | None = HALF_TYPES
+    capability: tuple[int, int] = (8, 0)
+
+    def holds(self, dtype: torch.dtype, capability: tuple[int, int], tokens: int, storage: str, training: bool) -> bool:
+        return (
+            tokens <= self.tokens
+            and self.storage in (None, storage)
+            and self.training in (None, training)
+            and (self.dtypes is None or dtype in self.dtypes)
+            and capability >= self.capability
+        )
+
+
+def preferred(table: Iterable[Row], x: torch.Tensor, tokens: int, storage: str, training: bool) -> Iterator[str]:
+    """The backends of the rows that hold for a CUDA tensor x, best first."""
+    capability = torch.cuda.get_device_capability(x.device)
+    return (row.backend for row in table if row.holds(x.dtype, capability, tokens, storage, training))
+
+
+def choose(
+    op: str,
+    rules: Mapping[str, Callable[..., str | None]],
+    *args,
+    backend: str | None = None,
+    order: Iterable[str] | None = None,
+) -> str:
     """Name of the backend for `op`.
 
     rules: backend name -> function of `args` that returns None when that backend can run them, else the reason why
-    not; in order of preference. What was asked for by name runs or raises; otherwise the first that can run does, and
-    the reason why the preferred one could not is logged once. On its own, a kernel is chosen for a CUDA tensor only: on
-    a CPU kernels are interpreted or emulated, for tests.
+    not. order: the names in order of preference, that of `rules` when None. What was asked for by name runs or raises;
+    otherwise the first that can run does, and the reason why the preferred one could not is logged once. On its own, a
+    kernel is chosen for a CUDA tensor only: on a CPU kernels are interpreted or emulated, for tests.
     """
     wanted = requested(backend)
+    if wanted in _KERNELS and backend is None and wanted not in rules:
+        wanted = None
     if wanted is not None:
         if wanted not in rules:
             raise ValueError(f"{op} has no backend {wanted!r}; it has {', '.join(rules)}")
@@ -75,10 +123,10 @@ def choose(op: str, rules: Mapping[str, Callable[..., str | None]], *args, backe
             raise ValueError(f"{op} cannot run on backend {wanted!r}: {reason}")
         return wanted
     on_gpu = args[0].is_cuda
-    for name, rule in rules.items():
+    for name in rules if order is None else order:
         if name in _KERNELS and not on_gpu:
             continue
-        reason = rule(*args)
+        reason = rules[name](*args)
         if reason is None:
             return name
         if on_gpu and (op, reason) not in _logged:

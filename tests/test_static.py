@@ -71,6 +71,18 @@ def test_of_two_ways_that_move_the_same_the_one_with_fewer_accesses_is_hot():
         opcodes(either, cold=("STG",))
 
 
+def test_the_hot_path_multiplies_where_it_can():
+    idle_warps_skip_it = listing("LDGSTS.E.128", "@P0 BRA 0x30", "HMMA.16816", "@P1 BRA 0x0", "STG.E.128", "EXIT")
+    assert opcodes(idle_warps_skip_it) == ["LDGSTS.E.128", "BRA", "HMMA.16816", "BRA"]
+
+
+def test_a_call_is_a_jump_where_nothing_returns():
+    left_by_a_call = listing("HMMA.16816", "@P0 CALL.REL.NOINC 0x30", "BRA 0x0", "STG.E", "EXIT")
+    assert opcodes(left_by_a_call, trips={"HMMA": 1}) == ["HMMA.16816", "BRA", "STG.E", "EXIT"]
+    subroutine = listing("@P0 CALL.REL.NOINC 0x30", "STG.E", "EXIT", "LDG.E.128", "RET")
+    assert opcodes(subroutine) == ["CALL.REL.NOINC", "STG.E", "EXIT"]
+
+
 def test_a_guarded_exit_may_end_the_hot_path():
     assert opcodes(listing("STG.E", "@P0 EXIT", "MOV", "EXIT")) == ["STG.E", "EXIT"]
     assert opcodes(listing("MOV", "@P0 EXIT", "STG.E", "EXIT")) == ["MOV", "EXIT", "STG.E", "EXIT"]
@@ -200,6 +212,29 @@ def test_merge_moves():
     assert cost.tensor_core_ops == 1_879_048_192
     assert cost.cuda_core_ops == plain.cuda_core_ops + 3 * 58_720_256
     assert costs.nf4_merge(4096, 14336, 0, itemsize=2) == plain
+
+
+def test_decode_moves():
+    # The storage of 4096 x 4096 (above), A and B of rank 16, x and y of two tokens.
+    cost = costs.lora_linear_decode(2, 4096, 4096, 16, itemsize=2)
+    assert cost.read_bytes == 8_655_876 + 16 * 8192 * 2 + 2 * 4096 * 2
+    assert cost.written_bytes == 2 * 4096 * 2
+    assert cost.tensor_core_ops == 2 * 2 * (4096 * 4096 + 16 * 8192)
+    assert cost.cuda_core_ops == 16_777_216 + 2 * 262_144 + 2 * 2 * 4096
+    dense = costs.lora_linear_decode(1, 1024, 4096, 0, itemsize=2, dense=True)
+    assert (dense.bytes, dense.cuda_core_ops) == ((1024 * 4096 + 4096 + 1024) * 2, 0)
+
+
+def test_low_rank_passes_move():
+    x, A, xa = 8192 * 4096 * 2, 64 * 4096 * 2, 8192 * 64 * 2
+    down, grad = costs.lora_down(8192, 4096, 64, 2), costs.lora_down_grad(8192, 4096, 64, 2)
+    assert (down.read_bytes, down.written_bytes) == (x + A, xa)
+    assert (grad.read_bytes, grad.written_bytes) == (x + xa, A)
+    up, add = costs.lora_up_grad(8192, 4096, 64, 2), costs.lora_add(8192, 4096, 64, 2)
+    assert (up.read_bytes, up.written_bytes) == (x + A + xa, A + xa)
+    assert (add.read_bytes, add.written_bytes) == (x + A + xa, x)
+    assert down.tensor_core_ops == grad.tensor_core_ops == add.tensor_core_ops == up.tensor_core_ops // 2
+    assert down.tensor_core_ops == 4_294_967_296
 
 
 def test_floors_of_the_h100():

@@ -77,7 +77,7 @@ ABSMAX_STEPS = tl.constexpr(65535)
 
 
 @triton.jit
-def _table(values: tl.constexpr):
+def table_of(values: tl.constexpr):
     """Sixteen constants as a tensor. It takes a thread 30 instructions, about one for each of its elements of bf16."""
     i = tl.arange(0, 16)
     table = tl.full([16], values[15], tl.float32)
@@ -87,7 +87,7 @@ def _table(values: tl.constexpr):
 
 
 @triton.jit
-def _look_up(table, index):
+def look_up(table, index):
     return tl.gather(table, index.reshape([index.numel]), 0).reshape(index.shape)
 
 
@@ -125,7 +125,7 @@ def nf4_dequantize_kernel(
         scale = tl.load(absmax_code + scale.to(tl.int32)) * group_scale + tl.load(absmax_offset)
 
     index = tl.interleave(codes >> 4, codes & 15)  # [TILE / V, V]
-    values = _look_up(_table(NF4_VALUES), index) * scale[:, None]
+    values = look_up(table_of(NF4_VALUES), index) * scale[:, None]
     tl.store(out + start + element, round_to(values, out.dtype.element_ty), mask=element < left)
 
 
@@ -139,11 +139,11 @@ def _magnitude(x):
 def _nearest_codes(normalized, V: tl.constexpr):
     """The index of the nearest NF4 value, two a byte: uint8 [elements / V, V / 2]."""
     # It is the number of midpoints below. No comparison with NaN holds, which makes 15 of it.
-    midpoints = _table(NF4_MIDPOINTS)
+    midpoints = table_of(NF4_MIDPOINTS)
     index = tl.where(normalized <= NF4_MIDPOINTS[7], 0, 8)
     for level in tl.static_range(3):
         half = 4 >> level
-        index += tl.where(normalized <= _look_up(midpoints, index + (half - 1)), 0, half)
+        index += tl.where(normalized <= look_up(midpoints, index + (half - 1)), 0, half)
     high, low = tl.split(index.reshape([index.numel // V, V // 2, 2]))
     return (high << 4 | low).to(tl.uint8)
 

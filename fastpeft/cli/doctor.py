@@ -1,5 +1,6 @@
 """What is installed, which devices there are, and which backends can run here."""
 
+import math
 import os
 import platform
 from importlib import metadata
@@ -52,15 +53,39 @@ def devices() -> list[str]:
 
 def doctor() -> dict:
     """Returns versions: {name: version}, native: reason it is absent or None, devices: [text],
-    backends: {name: reason it cannot run here or None}."""
+    backends: {name: reason it cannot run here or None}, choices: {op: rows of its decision table}."""
     from fastpeft import _native, backend
+    from fastpeft.ops import TABLES
 
     return {
         "versions": versions(),
         "native": None if _native.cuda is not None else (_native.why_absent or "absent"),
         "devices": devices(),
         "backends": backend.availability(),
+        "choices": TABLES,
     }
+
+
+def choices(op: str, rows):
+    """What an op chooses by itself on a GPU: the first row that holds and can run."""
+    from rich.table import Table
+
+    result = Table(title=f"{op} on a GPU", title_justify="left")
+    for name in ("tokens", "weight", "training", "x", "capability", "backend", "reason", "source"):
+        result.add_column(name, overflow="fold")
+    for row in rows:
+        dtypes = "any" if row.dtypes is None else ", ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+        result.add_row(
+            "any" if row.tokens == math.inf else f"up to {row.tokens}",
+            row.storage or "any",
+            {None: "any", True: "yes", False: "no"}[row.training],
+            dtypes,
+            "any" if row.capability == (0, 0) else "{}.{} on".format(*row.capability),
+            row.backend,
+            row.reason,
+            row.source,
+        )
+    return result
 
 
 def table(found: dict):
@@ -83,7 +108,11 @@ def table(found: dict):
 
 
 def command() -> None:
-    """Show versions, devices, and which backends can run here (and why not)."""
+    """Show versions, devices, which backends can run here (and why not), and what each op chooses on a GPU."""
     from rich.console import Console
 
-    Console().print(table(doctor()))
+    found = doctor()
+    console = Console()
+    console.print(table(found))
+    for op, rows in found["choices"].items():
+        console.print(choices(op, rows))

@@ -58,7 +58,7 @@ class Report:
         return f"{self.fused} of {len(self)} adapter modules are fused{loss}"
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) -> Report:
     """Gives each LoRA linear of a peft model the fused forward, in place; undone by `restore`.
 
     model: any module that contains peft layers. Parameters, state-dict keys, trainable flags and peft's own methods
@@ -66,6 +66,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. The stock loss of
     a causal language model gives way to one of the same value that makes no float32 copy of the logits. 4-bit layers
     of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients.
+
+    fold: where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the update to
+    the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
 
     Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
     4-bit weight that is repacked already and, with strict=True, when no module can be fused; then nothing is changed.
@@ -85,6 +88,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     for (_, layer), row in zip(layers, rows, strict=False):  # the rows of prefixes come after those of layers
         if row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
+            layer._fold = fold
     return Report(rows, loss=loss)
 
 
@@ -93,6 +97,7 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = _STOCK[type(module)]
+            del module._fold
     restore_prefix(model)
     restore_loss(model)
     reopen_cpu_trap(model)
@@ -142,7 +147,7 @@ class _Fused:
             return super().forward(x, *args, **kwargs)
         base, lora_A, lora_B, dropout, scaling = parts
         dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        return frozen.lora_forward(base, x, lora_A.weight, lora_B.weight, scaling, dropout_p)
+        return frozen.lora_forward(base, x, lora_A.weight, lora_B.weight, scaling, dropout_p, self._fold)
 
     def _parts_to_fuse(self, x: Tensor) -> tuple | None:
         """(base, lora_A, lora_B, dropout, scaling) of the one adapter that this call uses; None where only peft's

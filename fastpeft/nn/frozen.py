@@ -33,18 +33,20 @@ def weight_of(base: nn.Module) -> Tensor | NF4Weight:
     return NF4Weight.from_bnb(base) if is_linear4bit(base) else base.weight.t()
 
 
-def lora_forward(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float) -> Tensor:
+def lora_forward(
+    base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float, fold: bool = False
+) -> Tensor:
     """`base(x) + scaling * dropout(x) A^T B^T`, fused; x: [..., K] -> [..., N] in the dtype that the base returns."""
     weight = weight_of(base)
     if isinstance(weight, Tensor):
-        return lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p)
+        return lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p, fold=fold)
     # A 4-bit base computes in a dtype of its own, settled at the first call, and converts back.
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     # The gradients of the adapter would vanish in float16 under activations of a wider range.
     dtype = x.dtype if base.compute_dtype in (None, torch.float16) else base.compute_dtype
-    return lora_linear(x.to(dtype), weight, A, B, scaling, base.bias, dropout_p=dropout_p).to(x.dtype)
+    return lora_linear(x.to(dtype), weight, A, B, scaling, base.bias, dropout_p=dropout_p, fold=fold).to(x.dtype)
 
 
 def freeze(base: nn.Module) -> None:

@@ -2,7 +2,10 @@
 
 from fastpeft.ops.cross_entropy import cross_entropy
 from fastpeft.ops.lora_linear import lora_linear
+from fastpeft.ops.lora_linear_backends import TABLE as _LORA_LINEAR
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_merge, nf4_quantize
 from fastpeft.ops.prefix_attention import prefix_attention
 
 __all__ = ["cross_entropy", "lora_linear", "nf4_dequantize", "nf4_merge", "nf4_quantize", "prefix_attention"]
+
+TABLES = {"lora_linear": _LORA_LINEAR}  # op -> how it chooses its backend on a GPU

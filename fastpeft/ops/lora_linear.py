@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from fastpeft import backend as backends
+from fastpeft.ops.lora_linear_backends import RULES, RUNNERS, Folded, choose
 from fastpeft.quant import NF4Weight
-from fastpeft.reference.dropout import keep_mask
 from fastpeft.reference.lora_linear import lora_linear as _reference
 
-_RULES = {"eager": backends.always, "reference": backends.always}
-_OPAQUE_RULES = {name: rule for name, rule in _RULES.items() if name != "reference"}
+_RULES = RULES | {"reference": backends.always}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -29,6 +28,7 @@ def lora_linear(
     *,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    fold: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """`y = x W^T + bias + scaling * (dropout(x) A^T) B^T`.
@@ -38,6 +38,9 @@ def lora_linear(
     in their own type. bias: [N] or None. scaling: a float, or a 0-d tensor, which is never read on the host.
     dropout_p: in [0, 1), applied to the x of the low-rank path only. seed: fixes the mask; drawn from torch's
     generator when None, so that a checkpoint's recomputation sees the same one.
+    fold: multiply with `W + scaling * B A`, summed in float32 and rounded once to the compute type, instead of adding
+    the update to the output; where dropout is active it has no effect. One product less each way and x A^T is not
+    saved, but an update below the rounding of W is lost for all tokens alike: see Folded.
 
     Compute type: x's dtype, or autocast's where it is on; products accumulate in float32. Returns [..., N] in the
     compute type. Saved for backward: x, x A^T and the parameters as they are; neither the mask nor a dequantized
@@ -53,12 +56,20 @@ def lora_linear(
     if isinstance(scaling, Tensor):
         B, scaling = B * scaling, 1.0
     seed = _seed_tensor(seed, x.device) if dropout_p > 0 else None
+    scaling /= 1 - dropout_p
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (x, A, B))
     if torch.compiler.is_compiling() and backend != "reference":
         # The backend is chosen when the op runs: use_backend is invisible to the tracer.
-        return torch.ops.fastpeft.lora_linear(x, *_flatten(weight), A, B, bias, scaling, dropout_p, seed, backend)[0]
-    if backends.choose("lora_linear", _RULES, x, backend=backend) == "reference":
-        return _reference(x, weight, A, B, scaling, bias, dropout_p=dropout_p, seed=seed)
-    return LoraLinearFn.apply(x, weight, A, B, bias, scaling, dropout_p, seed)
+        options = (scaling, dropout_p, seed, training, fold, backend)
+        return torch.ops.fastpeft.lora_linear(x, *_flatten(weight), A, B, bias, *options)[0]
+    name = choose(x, weight, training, backend, _RULES)
+    if name == "reference":
+        return _reference(x, weight, A, B, scaling * (1 - dropout_p), bias, dropout_p=dropout_p, seed=seed)
+    return LoraLinearFn.apply(x, weight, A, B, bias, scaling, dropout_p, seed, training, _runner(name, fold, dropout_p))
+
+
+def _runner(name: str, fold: bool, dropout_p: float):
+    return Folded(RUNNERS[name]) if fold and dropout_p == 0 else RUNNERS[name]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -115,68 +126,26 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize(dtype) if type(weight) is NF4Weight else weight.to(dtype)
-
-
-def _forward_eager(x, weight, A, B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    """x: [M, K]. Returns y [M, N] and xa = dropout(x) A^T [M, R], without dropout's 1 / (1 - p)."""
-    dtype = x.dtype
-    y = linear(x, _dense(weight, dtype), None if bias is None else bias.to(dtype))
-    if dropout_p > 0:
-        x = x * keep_mask(seed, *x.shape, dropout_p)
-        scaling = scaling / (1 - dropout_p)
-    xa = linear(x, A.to(dtype))
-    y.addmm_(xa, B.to(dtype).t(), alpha=scaling)
-    return y, xa
-
-
-def _backward_eager(dy, x, xa, weight, A, B, bias, scaling, dropout_p, seed, needs) -> list[Tensor | None]:
-    """dy: [M, N]. Gradients of (x, weight, A, B, bias), None where `needs` is False.
-
-    Every product has the compute type and float32 accumulation; the scaling goes into the small factors.
-    """
-    need_x, need_weight, need_A, need_B, need_bias = needs
-    dtype = dy.dtype
-    dx = dweight = dA = dB = dbias = None
-    keep = keep_mask(seed, dy.shape[0], A.shape[1], dropout_p) if dropout_p > 0 and (need_x or need_A) else None
-    scaling = scaling / (1 - dropout_p)
-    if need_x or need_A:
-        dyb = torch.mm(dy, B.to(dtype))  # [M, R]; the scaling follows in dx and dA
-    if need_x:
-        dx = torch.mm(dy, _dense(weight, dtype))
-        if keep is None:
-            dx.addmm_(dyb, A.to(dtype), alpha=scaling)
-        else:
-            dx.addcmul_(torch.mm(dyb, A.to(dtype)), keep.to(dtype), value=scaling)
-    if need_weight:
-        dweight = torch.mm(dy.t(), x).to(weight.dtype)
-    if need_A:
-        dA = torch.mm(dyb.t(), x if keep is None else x * keep).to(A.dtype).mul_(scaling)
-    if need_B:
-        # xa^T dy is the faster order on a CPU; the small result is transposed while it is cast.
-        dB = torch.empty_like(B, memory_format=torch.contiguous_format).copy_(torch.mm(xa.t(), dy).t()).mul_(scaling)
-    if need_bias:
-        dbias = dy.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
-    return [dx, dweight, dA, dB, dbias]
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 class LoraLinearFn(torch.autograd.Function):
     """The autograd node of `lora_linear`; its arguments are checked already."""
 
     @staticmethod
-    def forward(ctx, x, weight, A, B, bias, scaling, dropout_p, seed):
+    def forward(ctx, x, weight, A, B, bias, scale, dropout_p, seed, training, runner):
         shape = x.shape
-        x = x.reshape(-1, shape[-1])
-        y, xa = _forward_eager(x, weight, A, B, bias, scaling, dropout_p, seed)
+        x = _as_matrix(x)
+        y, xa = runner.forward(x, weight, A, B, bias, scale, dropout_p, seed, training)
         if any(ctx.needs_input_grad):
             _, need_weight, need_A, need_B, _ = ctx.needs_input_grad[:5]
             # A 4-bit weight is frozen and never written in place: kept as it is, outside of autograd's bookkeeping.
             dense = weight if isinstance(weight, Tensor) else None
             ctx.nf4 = weight if dense is None else None
-            kept_x = x if need_A or need_weight else None
+            kept_x = x if need_A or need_weight or (need_B and xa is None) else None
             ctx.save_for_backward(kept_x, xa if need_B else None, dense, A, B, bias, seed)
-            ctx.arguments = (shape, scaling, dropout_p)
+            ctx.arguments = (shape, scale, dropout_p, runner)
         # Not a view: autograd forbids in-place operations on a view that a Function returns.
         return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
@@ -184,17 +153,17 @@ class LoraLinearFn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, xa, weight, A, B, bias, seed = ctx.saved_tensors
-        shape, scaling, dropout_p = ctx.arguments
+        shape, scale, dropout_p, runner = ctx.arguments
         weight = ctx.nf4 if weight is None else weight
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = _as_matrix(dy)
         needs = ctx.needs_input_grad[:5]
         # All dtypes are settled: an autocast that is on in backward, but was off in forward, must not mix in.
         guard = torch.autocast(dy.device.type, enabled=False) if autocast_dtype(dy) is not None else nullcontext()
         with guard:
-            grads = _backward_eager(dy, x, xa, weight, A, B, bias, scaling, dropout_p, seed, needs)
+            grads = runner.backward(dy, x, xa, weight, A, B, bias, scale, dropout_p, seed, needs)
         if grads[0] is not None:
             grads[0] = grads[0].view(shape)
-        return *grads, None, None, None
+        return *grads, None, None, None, None, None
 
 
 # The same computation as a torch.library op: one opaque node in a compiled graph. Eager mode calls the Function above,
@@ -221,57 +190,67 @@ def _unflatten(weight, absmax, absmax_code, absmax_scale, absmax_offset, shape, 
 @torch.library.custom_op(
     "fastpeft::lora_linear",
     mutates_args=(),
-    schema=f"(Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scaling, float dropout_p, Tensor? seed,"
-    " str? backend) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scale, float dropout_p, Tensor? seed,"
+    " bool training, bool fold, str? backend) -> (Tensor, Tensor)",
 )
-def _op(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, backend):
-    backends.choose("lora_linear in a compiled graph", _OPAQUE_RULES, x, backend=backend)
+def _op(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scale, dropout_p, seed, training, fold, backend):
     weight = _unflatten(w0, w1, w2, w3, w4, shape, blocksize)
-    y, xa = _forward_eager(x.reshape(-1, x.shape[-1]), weight, A, B, bias, scaling, dropout_p, seed)
-    return y.view(*x.shape[:-1], y.shape[-1]), xa
+    runner = _runner(choose(x, weight, training, backend), fold, dropout_p)
+    flat = _as_matrix(x)
+    y, xa = runner.forward(flat, weight, A, B, bias, scale, dropout_p, seed, training)
+    kept = _kept_rows(flat.shape[0], training, fold, dropout_p)
+    return y.view(*x.shape[:-1], y.shape[-1]), x.new_empty(0, A.shape[0]) if xa is None or kept == 0 else xa
+
+
+def _kept_rows(rows: int, training: bool, fold: bool, dropout_p: float) -> int:
+    return rows if training and not (fold and dropout_p == 0) else 0
 
 
 @_op.register_fake
-def _(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, backend):
-    rows = x.numel() // x.shape[-1]
+def _(x, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scale, dropout_p, seed, training, fold, backend):
+    rows = _kept_rows(math.prod(x.shape[:-1]), training, fold, dropout_p)
     return x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(rows, A.shape[0])
 
 
 @torch.library.custom_op(
     "fastpeft::lora_linear_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor x, Tensor xa, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scaling,"
-    " float dropout_p, Tensor? seed, bool[] needs) -> Tensor[]",
+    schema=f"(Tensor dy, Tensor x, Tensor xa, {_WEIGHT}, Tensor A, Tensor B, Tensor? bias, float scale,"
+    " float dropout_p, Tensor? seed, bool fold, str? backend, bool[] needs) -> Tensor[]",
 )
-def _op_backward(dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs):
+def _op_backward(
+    dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scale, dropout_p, seed, fold, backend, needs
+):
     weight = _unflatten(w0, w1, w2, w3, w4, shape, blocksize)
-    dy, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    grads = _backward_eager(dy, x2, xa, weight, A, B, bias, scaling, dropout_p, seed, needs)
+    runner = _runner(choose(x, weight, True, backend), fold, dropout_p)
+    dy, x2 = _as_matrix(dy), _as_matrix(x)
+    grads = runner.backward(dy, x2, xa, weight, A, B, bias, scale, dropout_p, seed, needs)
     if grads[0] is not None:
         grads[0] = grads[0].view(x.shape)
     return [grad for grad in grads if grad is not None]
 
 
 @_op_backward.register_fake
-def _(dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs):
+def _(dy, x, xa, w0, w1, w2, w3, w4, shape, blocksize, A, B, bias, scale, dropout_p, seed, fold, backend, needs):
     like = (x, w0, A, B, bias)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, need in zip(like, needs, strict=True) if need]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *weight, A, B, bias, scaling, dropout_p, seed, _ = inputs
+    x, *weight, A, B, bias, scale, dropout_p, seed, _, fold, backend = inputs
     ctx.save_for_backward(x, output[1], *weight[:5], A, B, bias, seed)
-    ctx.arguments = (*weight[5:], scaling, dropout_p)
+    ctx.arguments = (*weight[5:], scale, dropout_p, fold, backend)
 
 
 def _autograd(ctx, dy, _dxa):
     x, xa, *weight, A, B, bias, seed = ctx.saved_tensors
-    shape, blocksize, scaling, dropout_p = ctx.arguments
+    shape, blocksize, scale, dropout_p, fold, backend = ctx.arguments
     needed = ctx.needs_input_grad
     needs = [needed[0], needed[1], *needed[8:11]]
-    grads = iter(_op_backward(dy, x, xa, *weight, shape, blocksize, A, B, bias, scaling, dropout_p, seed, needs))
+    options = (scale, dropout_p, seed, fold, backend, needs)
+    grads = iter(_op_backward(dy, x, xa, *weight, shape, blocksize, A, B, bias, *options))
     dx, dweight, dA, dB, dbias = (next(grads) if need else None for need in needs)
-    return dx, dweight, *[None] * 6, dA, dB, dbias, None, None, None, None
+    return dx, dweight, *[None] * 6, dA, dB, dbias, *[None] * 6
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

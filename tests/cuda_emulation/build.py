@@ -38,7 +38,7 @@ COMMON = [
 HOST = ["-O0", "-w"]  # bindings: compile time is all that counts
 ENGINE = ["-O2", "-g", "-Wall", "-Wextra"]
 KERNEL = [
-    "-g",
+    "-g1",  # lines for messages; with variables, templates take twice the time to compile
     "-Wall",
     "-Wno-unknown-pragmas",  # unroll
     "-fno-ipa-icf",  # two kernels with the same code stay two

@@ -45,11 +45,12 @@ class Emulation:
             ) from error
         spec.loader.exec_module(self.module)
         self._c = ctypes.CDLL(str(self.path))
-        self._c.emulation_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
+        self._c.emulation_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
         self._c.emulation_name.argtypes = [ctypes.c_size_t, ctypes.c_char_p]
-        for enumerate_ in (self._c.emulation_counter, self._c.emulation_launched):
-            enumerate_.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
-            enumerate_.restype = ctypes.c_char_p
+        self._c.emulation_counter.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)]
+        self._c.emulation_launched.argtypes = [ctypes.c_int, ctypes.c_bool, ctypes.POINTER(ctypes.c_uint64)]
+        for function in (self._c.emulation_counter, self._c.emulation_launched):
+            function.restype = ctypes.c_char_p
         for offset, name in self._symbols.items():
             self._c.emulation_name(offset, name.encode())
 
@@ -61,7 +62,8 @@ class Emulation:
         for line in lines:
             address, kind, signature = line.split(" ", 2)
             name = kernel_name(signature)
-            if kind in "tTwWuV" and re.fullmatch(r"\w+_kernel(<.*>)?", name) and "[clone" not in signature:
+            is_part = "[clone" in signature or "{lambda" in signature
+            if kind in "tTwWuV" and re.fullmatch(r"\w+_kernel(<.*>)?", name) and not is_part:
                 found[int(address, 16)] = name
         return found
 
@@ -70,14 +72,16 @@ class Emulation:
         """Every kernel instance in the module, as `nf4_dequantize_kernel<__nv_bfloat16, true>`."""
         return sorted(self._symbols.values())
 
-    def configure(self, order: str = "forward", seed: int = 1, cp_async: str = "lazy") -> None:
-        """The order of lanes, warps and blocks ("forward", "reverse", or "random" by `seed`), and when a cp.async
-        copies: as late as it may ("lazy") or at once ("eager")."""
+    def configure(self, order: str = "forward", seed: int = 1, cp_async: str = "lazy", sms: int = 4) -> None:
+        """The order of lanes, warps and blocks ("forward", "reverse", or "random" by `seed`); when a cp.async copies:
+        as late as it may ("lazy") or at once ("eager"); how many SMs launchers find: few keep tests small."""
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; allowed are {', '.join(ORDERS)}")
         if cp_async not in COPIES:
             raise ValueError(f"cp_async is {cp_async!r}; allowed are {', '.join(COPIES)}")
-        self._c.emulation_configure(ORDERS.index(order), seed, COPIES.index(cp_async))
+        if sms < 1:
+            raise ValueError(f"sms is {sms}; there has to be at least one")
+        self._c.emulation_configure(ORDERS.index(order), seed, COPIES.index(cp_async), sms)
 
     def reset(self) -> None:
         """Sets the counts to zero."""
@@ -85,7 +89,11 @@ class Emulation:
 
     def executed(self) -> dict[str, int]:
         """Launches per kernel instance since the last reset."""
-        return self._enumerate(self._c.emulation_launched)
+        return self._enumerate(lambda i, value: self._c.emulation_launched(i, False, value))
+
+    def dynamic_shared_bytes(self) -> dict[str, int]:
+        """The most that a launch of the kernel instance asked for since the last reset."""
+        return self._enumerate(lambda i, value: self._c.emulation_launched(i, True, value))
 
     def counters(self) -> dict[str, int]:
         """Barriers, mma instructions, bank conflicts of ldmatrix and more (engine/state.h) since the last reset."""

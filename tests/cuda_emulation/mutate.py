@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 
 # What orders memory or threads. The votes among them (__syncthreads_or) have a value that is used: they stay.
-_SITES = re.compile(r"__syncthreads\(\);|__syncwarp\([^)]*\);|cp_async_wait<(\d+)>\(\);")
+_SITES = re.compile(r"__syncthreads\(\);|__syncwarp\([^)]*\);|wait_for_dependency\(\);|cp_async_wait<([^<>]+)>\(\);")
 # Definitions of what the sites call.
 _WRAPPERS = ("ptx.cuh",)
 
@@ -51,7 +51,7 @@ def _mutants_of(source: Path) -> list[Mutant]:
     for site in _SITES.finditer(_without_comments(source.read_text())):
         found.append(Mutant(source, *site.span(), ";"))
         if site[1] is not None:
-            found.append(Mutant(source, *site.span(), f"cp_async_wait<{int(site[1]) + 1}>();"))
+            found.append(Mutant(source, *site.span(), f"cp_async_wait<{site[1]} + 1>();"))
     return found
 
 

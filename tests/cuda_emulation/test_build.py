@@ -82,6 +82,8 @@ def test_settings_are_checked():
         emulation.configure(order="sideways")
     with pytest.raises(ValueError, match="cp_async is 'never'; allowed are lazy, eager"):
         emulation.configure(cp_async="never")
+    with pytest.raises(ValueError, match="sms is 0; there has to be at least one"):
+        emulation.configure(sms=0)
 
 
 def test_asan_without_its_runtime_says_what_to_do():
@@ -93,6 +95,8 @@ def test_every_instance_of_a_kernel_is_listed():
     kernels = Emulation(build.module("plain", INTRINSICS)).kernels
     assert {"mma_kernel<__half>", "mma_kernel<__nv_bfloat16>", "load_matrices_kernel<4, true>"} <= set(kernels)
     assert len(kernels) == len(set(kernels))
+    of_csrc = Emulation(build.module("plain")).kernels  # lambdas of kernels are in its symbol table, too
+    assert len(of_csrc) == len(set(of_csrc))
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,23 @@ ROOT = Path(__file__).parents[2]
 OPS = ROOT / "tests" / "ops"
 
 
-def op_tests(source: Path) -> Path:
-    """tests/ops/test_<op>.py, where the file's name is that of the op, or begins with it: nf4_merge.cu, nf4.cuh."""
-    stems = sorted((path.stem.removeprefix("test_") for path in OPS.glob("test_*.py")), key=len, reverse=True)
-    fitting = [stem for stem in stems if source.stem == stem or source.stem.startswith(f"{stem}_")]
-    assert fitting, f"{source.name} belongs to no file of tests/ops"
-    return OPS / f"test_{fitting[0]}.py"
+# The tests of a file's kernels, by the beginning of its name: a file of tests/ops, and which of its tests. The longest
+# that fits counts.
+TESTS = {
+    "nf4": ("test_nf4.py", ""),
+    "lora_linear": ("test_lora_kernels.py", "not decode"),
+    "lora_linear_decode": ("test_lora_kernels.py", "decode"),
+}
 
 
-def outcome(module: Path, tests: Path) -> str:
+def op_tests(source: Path) -> tuple[Path, str]:
+    fitting = [prefix for prefix in TESTS if source.stem.startswith(prefix)]
+    assert fitting, f"no tests are known for {source.name}"
+    file, chosen = TESTS[max(fitting, key=len)]
+    return OPS / file, chosen
+
+
+def outcome(module: Path, tests: Path, chosen: str = "") -> str:
     """ "caught" if `tests` fail, or the process dies, with this build of the kernels; "survived" if they pass.
 
     In a forked process: torch is imported there already, and a wild store of a mutant kills nothing else.
@@ -39,7 +47,8 @@ def outcome(module: Path, tests: Path) -> str:
             if backends is not None:
                 backends.emulation.cache_clear()
             plugins = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly")
-            status = pytest.main([str(tests), "-x", "-k", "cuda-emulated", "--rootdir", str(ROOT), *plugins])
+            only = "cuda-emulated" + (f" and {chosen}" if chosen else "")
+            status = pytest.main([str(tests), "-x", "-k", only, "--rootdir", str(ROOT), *plugins])
         finally:
             os._exit(int(status))
     _, status = os.waitpid(child, 0)
@@ -55,7 +64,7 @@ def outcome(module: Path, tests: Path) -> str:
 def test_mutation_is_caught(mutant, tmp_path):
     csrc = mutant.write(tmp_path)
     for mode in ("race", "plain"):
-        if outcome(build.module(mode, csrc), op_tests(mutant.source)) == "caught":
+        if outcome(build.module(mode, csrc), *op_tests(mutant.source)) == "caught":
             return
     pytest.fail(f"{mutant}: the tests pass without it, in race mode and in plain mode")
 

@@ -78,6 +78,8 @@ TABLE = {
     "two_blocks_write_one_element": {"plain": WRONG, "race": RACE + ".* of another block"},
     "sum_of_blocks_without_atomics": {"race": RACE + ".* of another block"},
     "last_block_without_a_fence": {"race": RACE + ".* of another block"},
+    "dependency_without_a_wait": {"race": RACE + ".* that the launch before has written"},
+    "wait_for_the_dependency_after_the_barrier": {"race": RACE + ".* that the launch before has written"},
     "waits_for_another_block": everywhere("the thread spins here"),
     "loop_without_an_end": everywhere("the thread spins here"),
     "too_many_threads": everywhere("^cudaErrorInvalidConfiguration$"),

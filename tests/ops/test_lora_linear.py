@@ -7,18 +7,20 @@ from torch.utils.checkpoint import checkpoint
 from fastpeft import ops, use_backend
 from fastpeft.reference.dropout import keep_mask
 from fastpeft.reference.lora_linear import lora_linear as reference
+from tests.backends import over
 from tests.parity import assert_parity, leaf
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def problem(shape, N, R, dtype, master, weight="dense", bias=False, nested=True, blocksize=64):
+def problem(shape, N, R, dtype, master, weight="dense", bias=False, nested=True, blocksize=64, device="cpu"):
     """x, weight, A, B, bias, dy: random, of the sizes that a trained adapter has."""
     K = shape[-1]
     x, W, dy = torch.randn(shape), torch.randn(N, K) / K**0.5, torch.randn(*shape[:-1], N)
     A, B = torch.randn(R, K) / K**0.5, torch.randn(N, R) / R**0.5
-    W = ops.nf4_quantize(W.to(dtype), blocksize, nested) if weight == "nf4" else W.to(dtype)
-    return x.to(dtype), W, A.to(master), B.to(master), torch.randn(N).to(dtype) if bias else None, dy.to(dtype)
+    W = ops.nf4_quantize(W.to(dtype), blocksize, nested, backend="eager") if weight == "nf4" else W.to(dtype)
+    tensors = x.to(dtype), W, A.to(master), B.to(master), torch.randn(N).to(dtype) if bias else None, dy.to(dtype)
+    return tuple(None if t is None else t.to(device) for t in tensors)
 
 
 def run(function, x, weight, A, B, bias, dy, dtype=None, **options):
@@ -33,64 +35,178 @@ def run(function, x, weight, A, B, bias, dy, dtype=None, **options):
     return results if bias is None else results | {"dbias": bias.grad}
 
 
-def check(arguments, **options):
-    options_plain = options | {"seed": torch.tensor(options["seed"])} if "seed" in options else options
-    actual = run(ops.lora_linear, *arguments, **options)
-    plain = run(reference, *arguments, **options_plain)
-    exact = run(reference, *arguments, dtype=FP64, **options_plain)
+def check(arguments, backend=None, **options):
+    """Parity of outputs and gradients with gradients wanted, of the output without, and both again, bit for bit."""
+    name = None if backend is None else backend.name
+    plain_options = {key: value for key, value in options.items() if key != "fold"}
+    if "seed" in options:
+        plain_options["seed"] = torch.tensor(options["seed"], device=arguments[0].device)
+    plain = run(reference, *arguments, **plain_options)
+    exact = run(reference, *arguments, dtype=FP64, **plain_options)
+    actual = run(ops.lora_linear, *arguments, backend=name, **options)
     assert actual.keys() == plain.keys()
-    for name in actual:
-        assert_parity(actual[name], plain[name], exact[name], name)
+    for key in actual:
+        assert_parity(actual[key], plain[key], exact[key], key)
+    again = run(ops.lora_linear, *arguments, backend=name, **options)
+    assert all(torch.equal(actual[key], again[key]) for key in actual)
+    x, weight, A, B, bias, _ = arguments
+    with torch.no_grad():
+        inference = [ops.lora_linear(x, weight, A, B, 1.7, bias, backend=name, **options) for _ in range(2)]
+    assert_parity(inference[0], plain["y"], exact["y"], "y without gradients")
+    assert torch.equal(*inference)
+
+
+BACKENDS = over("eager", "triton", "cuda")
 
 
 @pytest.mark.parametrize("weight", ("dense", "nf4"))
-@pytest.mark.parametrize("dtype,master", [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP16, FP32)])
+@pytest.mark.parametrize("dtype,master", [(BF16, FP32), (BF16, BF16), (FP16, FP32)])
+@pytest.mark.parametrize("M", (0, 1, 7, 33, 63, 130))
+@BACKENDS
+def test_parity_over_sizes_of_batch(backend, M, dtype, master, weight):
+    check(problem((M, 192), 65, 16, dtype, master, weight, device=backend.device), backend)
+
+
+@pytest.mark.parametrize("weight", ("dense", "nf4"))
 @pytest.mark.parametrize("M", (0, 1, 63, 129))
-def test_parity_over_sizes_of_batch(M, dtype, master, weight):
-    check(problem((M, 192), 128, 16, dtype, master, weight))
+def test_parity_in_float32(M, weight):
+    check(problem((M, 192), 128, 16, FP32, FP32, weight))
 
 
 @pytest.mark.parametrize("weight", ("dense", "nf4"))
 @pytest.mark.parametrize("R", (1, 4, 13, 64, 384))
-def test_parity_over_ranks(R, weight):
-    check(problem((33, 136), 65, R, BF16, FP32, weight, bias=True))
+@BACKENDS
+def test_parity_over_ranks(backend, R, weight):
+    check(problem((33, 136), 65, R, BF16, FP32, weight, bias=True, device=backend.device), backend)
 
 
-@pytest.mark.parametrize("K,N", [(8, 8), (40, 31), (100, 7), (72, 65), (4160, 24)])
+@pytest.mark.parametrize("K,N", [(8, 8), (40, 31), (100, 7), (72, 65)])
 @pytest.mark.parametrize("nested", (False, True))
 @pytest.mark.parametrize("blocksize", (32, 64, 4096))
-def test_parity_over_4bit_storage(K, N, nested, blocksize):
-    check(problem((17, K), N, 4, BF16, FP32, "nf4", nested=nested, blocksize=blocksize))
+@BACKENDS
+def test_parity_over_4bit_storage(backend, K, N, nested, blocksize):
+    storage = dict(nested=nested, blocksize=blocksize, device=backend.device)
+    check(problem((17, K), N, 4, BF16, FP32, "nf4", **storage), backend)
+
+
+@pytest.mark.parametrize(
+    "M,K,blocksize", [(1, 4160, 64), (2, 1096, 32), (9, 640, 128), (66, 328, 256), (3, 320, 512), (5, 576, 2048)]
+)
+@BACKENDS
+def test_parity_of_long_rows(backend, M, K, blocksize):
+    """Blocks that cross rows, sums that are split; a token, few, and more than the kernel for few takes."""
+    storage = dict(nested=M > 1, blocksize=blocksize, device=backend.device)
+    check(problem((M, K), 24, 5, FP16, FP16, "nf4", **storage), backend)
 
 
 @pytest.mark.parametrize("shape", [(192,), (5, 192), (2, 5, 192), (2, 3, 5, 192)])
-@pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
-def test_parity_over_dimensions_bias_and_dropout(shape, bias, dropout_p):
-    for dtype in (FP32, BF16):
-        check(problem(shape, 64, 8, dtype, FP32, bias=bias), dropout_p=dropout_p, seed=11)
-    check(problem(shape, 64, 8, BF16, FP32, "nf4", bias=bias), dropout_p=dropout_p, seed=11)
+@BACKENDS
+def test_parity_over_dimensions_bias_and_dropout(backend, shape, dropout_p):
+    for weight, bias in (("dense", False), ("nf4", True)):
+        arguments = problem(shape, 64, 8, BF16, FP32, weight, bias=bias, device=backend.device)
+        check(arguments, backend, dropout_p=dropout_p, seed=11)
+        if backend.name == "eager":
+            check(problem(shape, 64, 8, FP32, FP32, weight, bias=bias), dropout_p=dropout_p, seed=11)
 
 
-def test_parity_for_views():
-    """Non-contiguous and offset x; a transposed weight (Conv1D keeps [K, N]); an expanded gradient."""
-    x, W, A, B, _, dy = problem((6, 70), 32, 4, FP32, FP32)
-    wide = torch.randn(6, 2, 141)
-    for view in (wide[:, 1, 3::2][:, :69], wide[:, :, 1:70], torch.randn(69, 6).t()):
-        arguments = (view, W[:, :69], A[:, :69], B, None, torch.randn(*view.shape[:-1], 32))
-        exact = run(reference, *arguments, dtype=FP64)
-        y = ops.lora_linear(view, *arguments[1:4], 1.7)
-        assert_parity(y, reference(view, *arguments[1:4], 1.7), exact["y"])
-    check((x, W.t().contiguous().t(), A, B, None, dy))
-    check((x, W, A, B, None, torch.ones(1, 1).expand(6, 32)))
+@BACKENDS
+def test_parity_for_views(backend):
+    """Non-contiguous and offset x; a transposed weight (Conv1D keeps [K, N]); an expanded gradient; odd addresses."""
+    dtype = BF16 if backend.name != "eager" else FP32
+    x, W, A, B, _, dy = problem((6, 72), 32, 4, dtype, FP32, device=backend.device)
+    wide = torch.randn(6, 2, 145, device=backend.device).to(dtype)
+    for view in (wide[:, 1, 3::2][:, :64], wide[:, :, 1:65], torch.randn(64, 6, device=backend.device).to(dtype).t()):
+        dy_of_view = torch.randn(*view.shape[:-1], 32, device=backend.device).to(dtype)
+        check((view, W[:, :64], A[:, 8:], B, None, dy_of_view), backend)
+    check((x, W.t().contiguous().t(), A.t().contiguous().t(), B.t().contiguous().t(), None, dy), backend)
+    check((x, W, A, B, None, torch.ones(1, 1, dtype=dtype, device=backend.device).expand(6, 32)), backend)
+    flat = torch.randn(1 + 32 * 72 + 4 * 72, device=backend.device).to(dtype)
+    odd_W, odd_A = flat[1 : 1 + 32 * 72].view(32, 72), flat[1 + 32 * 72 :].view(4, 72)
+    check((x, odd_W, odd_A, B, None, dy), backend)
+
+
+@BACKENDS
+def test_only_the_gradients_that_are_asked_for(backend):
+    x, W, A, B, _, dy = problem((9, 64), 40, 4, BF16, FP32, "nf4", device=backend.device)
+    everything = run(ops.lora_linear, x, W, A, B, None, dy, backend=backend.name)
+    for wanted in ("x", "A", "B", "xA", "xB", "AB"):
+        leaves = {name: leaf(t) if name in wanted else t for name, t in (("x", x), ("A", A), ("B", B))}
+        ops.lora_linear(leaves["x"], W, leaves["A"], leaves["B"], 1.7, backend=backend.name).backward(dy)
+        for name in "xAB":
+            assert (leaves[name].grad is None) == (name not in wanted)
+            if name in wanted:
+                assert torch.equal(leaves[name].grad, everything["d" + name])
+
+
+@BACKENDS
+def test_nothing_is_read_on_the_host(backend, monkeypatch):
+    """A synchronisation would break CUDA graphs; test_lora_linear_gpu.py captures some."""
+    x, W, A, B, bias, dy = problem((9, 64), 40, 4, BF16, FP32, "nf4", bias=True, device=backend.device)
+    x, A, B = leaf(x), leaf(A), leaf(B)
+    options = dict(dropout_p=0.2, seed=torch.tensor(3, device=x.device), backend=backend.name)
+    scaling = torch.tensor(1.5, device=x.device)
+
+    def refuse(*_args):
+        raise AssertionError("a tensor was read on the host")
+
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    ops.lora_linear(x, W, A, B, scaling, bias, **options).backward(dy)
+    with torch.no_grad():
+        ops.lora_linear(x, W, A, B, scaling, bias, backend=backend.name)
+
+
+@pytest.mark.parametrize("N,K,R", [(0, 16, 2), (8, 0, 2), (8, 16, 0)])
+@BACKENDS
+def test_empty_dimensions(backend, N, K, R):
+    x, A, B, dy = torch.randn(3, K), torch.randn(R, K), torch.randn(N, R), torch.randn(3, N)
+    tensors = (x.to(BF16), torch.randn(N, K).to(BF16), A, B, None, dy.to(BF16))
+    check(tuple(None if t is None else t.to(backend.device) for t in tensors), backend)
+
+
+@pytest.mark.parametrize("weight", ("dense", "nf4"))
+@pytest.mark.parametrize("M", (5, 33))
+@BACKENDS
+def test_parity_with_a_folded_update(backend, M, weight):
+    check(problem((M, 136), 65, 8, BF16, FP32, weight, bias=True, device=backend.device), backend, fold=True)
+
+
+def test_a_folded_update_under_dropout_is_not_folded():
+    x, W, A, B, _, _ = problem((5, 64), 32, 4, FP32, FP32)
+    options = dict(dropout_p=0.5, seed=3)
+    assert torch.equal(
+        ops.lora_linear(x, W, A, B, 1.0, fold=True, **options), ops.lora_linear(x, W, A, B, 1.0, **options)
+    )
+
+
+def test_what_folding_loses_and_where():
+    """An outlier channel in every token and an update far smaller than the weight: the reason why folding is opt-in."""
+    x, W, A, B, _, _ = problem((256, 512), 384, 8, BF16, FP32)
+    x[:, 7] = 60.0
+
+    def errors(scaling, fold):
+        """Of the update, relative: token by token, and of its mean over tokens, where independent errors cancel."""
+        update = ops.lora_linear(x, W, A, B, scaling, fold=fold).double() - x.double() @ W.double().t()
+        exact = scaling * (x.double() @ A.double().t()) @ B.double().t()
+        error = update - exact
+        return error.norm() / exact.norm(), error.mean(0).norm() / exact.mean(0).norm()
+
+    for scaling in (4.0, 0.1):
+        folded, added = errors(scaling, fold=True), errors(scaling, fold=False)
+        assert folded[0] < 1.1 * added[0]  # a token's result is as good either way
+        if scaling == 4.0:
+            assert folded[1] < 2 * added[1] < 0.01
+        else:
+            assert folded[1] > 4 * added[1]  # the same error in all tokens
 
 
 def test_gradcheck_in_float64():
     x, W, A, B, b, _ = problem((3, 4, 10), 6, 3, FP64, FP64, bias=True)
     inputs = tuple(leaf(t) for t in (x, W, A, B, b))
-    for dropout_p in (0.0, 0.4):
+    for options in ({}, {"dropout_p": 0.4, "seed": 5}, {"fold": True}):
         assert torch.autograd.gradcheck(
-            lambda x, W, A, B, b, p=dropout_p: ops.lora_linear(x, W, A, B, 0.7, b, dropout_p=p, seed=5), inputs
+            lambda x, W, A, B, b, o=options: ops.lora_linear(x, W, A, B, 0.7, b, **o), inputs
         )
 
 
@@ -111,17 +227,17 @@ def test_gradients_come_in_the_type_of_the_parameter_and_only_where_asked():
     assert not ops.lora_linear(x, W, A.detach(), B, 1.0).requires_grad
 
 
-def test_saves_x_xa_and_parameters_only():
+@BACKENDS
+def test_saves_x_xa_and_parameters_only(backend):
     """Saved for backward: no float32 copy of x, no mask, no dequantized weight."""
-    x, W, A, B, _, _ = problem((256, 512), 384, 8, BF16, FP32, "nf4")
+    x, W, A, B, _, _ = problem((96, 256), 192, 8, BF16, FP32, "nf4", device=backend.device)
     x, A, B = leaf(x), leaf(A), leaf(B)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5)
+        ops.lora_linear(x, W, A, B, 1.0, dropout_p=0.5, backend=backend.name)
     sizes = sorted((tuple(t.shape), t.dtype) for t in saved)
-    assert sizes == sorted(
-        [((256, 512), BF16), ((256, 8), BF16), ((8, 512), FP32), ((384, 8), FP32), ((), torch.int64)]
-    )
+    wanted = [((96, 256), BF16), ((96, 8), BF16), ((8, 256), FP32), ((192, 8), FP32), ((), torch.int64)]
+    assert sizes == sorted(wanted)
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
 
 
@@ -250,9 +366,10 @@ def test_opcheck(weight):
     x, W, A, B, b, _ = problem((2, 5, 64), 32, 4, FP32, FP32, weight, bias=True)
     flat = _flatten(W)
     flat = (*flat[:5], list(flat[5]), flat[6])
-    for p, seed in ((0.0, None), (0.5, torch.tensor(7))):
+    for p, seed, fold in ((0.0, None, False), (0.5, torch.tensor(7), False), (0.0, None, True)):
         torch.library.opcheck(
-            torch.ops.fastpeft.lora_linear, (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed, None)
+            torch.ops.fastpeft.lora_linear,
+            (leaf(x), *flat, leaf(A), leaf(B), leaf(b), 1.5, p, seed, True, fold, None),
         )
 
 

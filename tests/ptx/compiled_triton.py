@@ -10,6 +10,7 @@ import triton.language as tl
 from fastpeft.triton_kernels import nf4
 
 from fastpeft.reference import nf4 as formula
+from tests.ops.test_lora_triton import check as check_lora_linear
 
 from .parse import PtxError
 from .triton_driver import Driver
@@ -142,3 +143,11 @@ def check_nf4(numel, blocksize, dtype):
     nf4.nf4_dequantize(packed, absmax_u8, code, scale, offset, blocksize, out)
     nested = formula.dequantize_absmax(absmax_u8, code, scale, offset)
     assert same(out, (values * nested.repeat_interleave(blocksize)[:numel]).to(dtype))
+
+
+# ---- triton_kernels/lora_linear.py
+
+
+@pytest.mark.parametrize("M, blocksize", ((20, 64), (40, 0)))
+def test_lora_linear(M, blocksize):
+    check_lora_linear("cpu", M, 40, 72, 8, torch.bfloat16, torch.float32, blocksize, nested=True, p=0.5, bias=True)

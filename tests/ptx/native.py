@@ -19,7 +19,13 @@ from .memory import Memory
 from .nvcc import CSRC, SETUP, cached, nvcc_version, ptx_of, run_compiler
 from .parse import Entry, Module, PtxError, demangled, parse
 
-_WRAPPED = ("cudaLaunchKernelExC", "cudaFuncSetAttribute", "__cudaRegisterFunction")
+_WRAPPED = (
+    "cudaLaunchKernelExC",
+    "cudaFuncSetAttribute",
+    "cudaGetDevice",
+    "cudaDeviceGetAttribute",
+    "__cudaRegisterFunction",
+)
 _OnLaunch = ctypes.CFUNCTYPE(
     None,
     ctypes.c_char_p,
@@ -61,20 +67,21 @@ class Native:
     `cuda` is the module of csrc/bindings.cpp, for its types: a launch outside of `run` is an error.
     """
 
-    def __init__(self, arch: str, edit: Callable[[str], str] = lambda ptx: ptx):
-        """edit: changes the PTX of each file, to plant a fault."""
-        self.arch, self.edit = arch, edit
+    def __init__(self, arch: str, files: str = "*.cu", edit: Callable[[str], str] = lambda ptx: ptx):
+        """files: those whose kernels are wanted; the others are not compiled. edit: changes the PTX of each, to plant a
+        fault."""
+        self.arch, self.files, self.edit = arch, files, edit
         self.cuda, self._library = _load()
         self._kernels: dict[str, Kernel] = {}
 
     @functools.cached_property
     def _entries(self) -> dict[str, tuple[Module, Entry]]:
         """By demangled name: nvcc names an anonymous namespace differently in each compilation."""
-        modules = [parse(self.edit(ptx_of(source, self.arch))) for source in sorted(CSRC.glob("*.cu"))]
+        modules = [parse(self.edit(ptx_of(source, self.arch))) for source in sorted(CSRC.glob(self.files))]
         return {entry.name: (module, entry) for module in modules for entry in module.entries}
 
     def kernels(self) -> set[str]:
-        """Every kernel instance of csrc/, like `nf4_dequantize_kernel<float, false>`."""
+        """Every kernel instance of the files, like `nf4_dequantize_kernel<float, false>`."""
         return set(map(_unqualified, self._entries))
 
     def _kernel(self, name: str) -> Kernel:
@@ -110,4 +117,4 @@ class Native:
 
 
 def _unqualified(name: str) -> str:
-    return re.search(r"\w+(<.*>)?$", name)[0]
+    return re.sub(r"\(anonymous namespace\)::|\w+::", "", name)

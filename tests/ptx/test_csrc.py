@@ -1,4 +1,4 @@
-"""The kernels of csrc/, as nvcc compiles them for each architecture, through their own launchers."""
+"""The NF4 kernels of csrc/, as nvcc compiles them for each architecture, through their own launchers."""
 
 import math
 from functools import cache
@@ -21,6 +21,7 @@ pytestmark = needs_nvcc
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POISON = {torch.uint8: 0xA5}  # what an output holds before the launch; NaN where the dtype has one
 
+FILES = "nf4_*.cu"
 native = cache(Native)
 
 
@@ -134,7 +135,7 @@ def merge(csrc, shape, R, dtype, blocksize=64, nested=False, scaling=1.7, factor
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_on_every_architecture(arch):
-    csrc, executed = native(arch), []
+    csrc, executed = native(arch, FILES), []
     for nested in (False, True):
         for dtype in DTYPES:
             executed += dequantize(csrc, (33, 35), dtype, nested=nested)  # vectors, and a tail of one to seven elements
@@ -150,7 +151,7 @@ def test_every_kernel_on_every_architecture(arch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_dequantize_tiles_blocksizes_and_views(dtype):
-    csrc = native("80")
+    csrc = native("80", FILES)
     dequantize(csrc, (97, 100), dtype, blocksize=32)  # more than a tile
     dequantize(csrc, (3, 1500), dtype, blocksize=4096, nested=True)
     dequantize(csrc, (7, 41), dtype, unaligned=True)
@@ -159,7 +160,7 @@ def test_dequantize_tiles_blocksizes_and_views(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPES.get)
 def test_quantize_tiles_blocksizes_and_views(dtype):
-    csrc = native("80")
+    csrc = native("80", FILES)
     quantize(csrc, (97, 100), dtype, blocksize=32)
     quantize(csrc, (3, 1500), dtype, blocksize=4096)
     quantize(csrc, (7, 41), dtype, unaligned=True)
@@ -169,11 +170,11 @@ def test_quantize_tiles_blocksizes_and_views(dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=DTYPES.get)
 @pytest.mark.parametrize("R", (0, 1, 8, 64, 72, 136))
 def test_merge_over_ranks(R, dtype):
-    merge(native("80"), (70, 136), R, dtype)
+    merge(native("80", FILES), (70, 136), R, dtype)
 
 
 def test_merge_shapes_blocksizes_and_views():
-    csrc = native("80")
+    csrc = native("80", FILES)
     merge(csrc, (130, 72), 16, torch.float16, blocksize=32)
     merge(csrc, (3, 1500), 8, torch.bfloat16, blocksize=4096, nested=True)
     merge(csrc, (20, 64), 8, torch.bfloat16, unaligned=True)
@@ -198,7 +199,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_merge_is_caught(fault):
-    csrc = Native("80", FAULTS[fault])
+    csrc = Native("80", FILES, FAULTS[fault])
     merge_ptx = ptx_of(CSRC / "nf4_merge.cu", "80")
     assert FAULTS[fault](merge_ptx) != merge_ptx
     with pytest.raises((PtxError, AssertionError), match="PTX line|nf4_merge.* error"):
@@ -206,7 +207,7 @@ def test_a_fault_in_merge_is_caught(fault):
 
 
 def test_an_error_names_the_kernel_and_its_line():
-    csrc = Native("80", NO_BARRIER)
+    csrc = Native("80", FILES, NO_BARRIER)
     with pytest.raises(
         PtxError, match=r"race: (?s:.*)nf4_merge\.cu:\d+(?s:.*)nf4_merge_kernel.*, block \(0, 0, 0\), thread"
     ):
@@ -214,7 +215,7 @@ def test_an_error_names_the_kernel_and_its_line():
 
 
 def test_writing_past_the_end_is_an_error():
-    csrc, memory, weight = native("80"), Memory(), random_weight((8, 64), 64, False)
+    csrc, memory, weight = native("80", FILES), Memory(), random_weight((8, 64), 64, False)
     out = output((8 * 64 - 1,), torch.float32)
     with pytest.raises(PtxError, match="bytes at offset 20.. of a buffer of 2044 bytes"):
         csrc.run(

@@ -66,12 +66,24 @@ cudaError_t set_max_dynamic_smem(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, void (*thread_body)(const void*),
+void wait_for_dependency() {
+  if (checker) checker->waited_for_dependency(*state.current);
+}
+
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, void (*thread_body)(const void*),
                    const void* arguments) {
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const size_t smem_bytes = config.dynamicSmemBytes;
   if (state.current) fail(state.current->site, "a kernel launches a kernel: not emulated");
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (!can_launch(grid, block)) return cudaErrorInvalidConfiguration;
+  state.begins_early = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id != cudaLaunchAttributeProgrammaticStreamSerialization) return cudaErrorNotSupported;
+    state.begins_early = attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
   const auto asked_for = state.max_smem.find(kernel);
   if (smem_bytes >
       (asked_for == state.max_smem.end() ? kDefaultMaxSmem : std::max(asked_for->second, kDefaultMaxSmem))) {
@@ -88,7 +100,9 @@ cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes,
   ::gridDim = grid;
   ::blockDim = block;
   ++state.counters.launches;
-  ++state.launches[kernel];
+  Launched& launched = state.launched[kernel];
+  ++launched.times;
+  launched.dynamic_smem_bytes = std::max<uint64_t>(launched.dynamic_smem_bytes, smem_bytes);
 
   const SharedMemory shared_memory(smem_bytes);
   const FaultHandler fault_handler;

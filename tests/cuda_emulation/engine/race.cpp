@@ -5,7 +5,8 @@
 // orders; a read of shared memory that the block has not written. Accesses are ordered by
 //   __syncthreads, in a block; __syncwarp, for the lanes that take part (shuffles and votes order nothing);
 //   an atomic (or volatile) access that sees what another one wrote after a __threadfence, between blocks too: "the
-//   last block reduces".
+//   last block reduces";
+//   the end of a launch, unless the next one may begin early: then its wait for the dependency.
 #include <dlfcn.h>
 
 #include <array>
@@ -58,6 +59,7 @@ struct ThreadClock {
   uint32_t own = 0;
   std::array<uint32_t, warpSize> lanes{};  // how far the accesses of each lane of the warp are known to be done
   bool unfenced = false;                   // wrote to global memory, or was told of such, since its last fence
+  bool waited = false;                     // for the launches before
   Knowledge acquired;
 };
 
@@ -74,9 +76,10 @@ Space space_of(const void* address) {
 class RaceChecker final : public Checker {
  public:
   void launch_starts() override {
-    scope_of_launch_ = ++last_scope_;
+    first_block_ = ++last_scope_;
+    if (!state.begins_early) scope_of_launch_ = first_block_;
     published_.clear();
-    if (pages_.size() > kKeptPages) {
+    if (pages_.size() > kKeptPages && !state.begins_early) {
       pages_.clear();
       latest_ = nullptr;
     }
@@ -92,12 +95,16 @@ class RaceChecker final : public Checker {
 
   void barrier_passed() override {
     ++epoch_;
-    bool unfenced = false;
+    bool unfenced = false, waited = false;
     for (ThreadClock& clock : clocks_) {
       unfenced |= clock.unfenced;
+      waited |= clock.waited;
       merge(acquired_by_block_, clock.acquired);
     }
-    for (ThreadClock& clock : clocks_) clock.unfenced = unfenced;
+    for (ThreadClock& clock : clocks_) {
+      clock.unfenced = unfenced;
+      clock.waited = waited;
+    }
   }
 
   void warp_synchronized(int warp, unsigned lanes) override {
@@ -125,6 +132,7 @@ class RaceChecker final : public Checker {
   }
 
   void fenced(Thread& thread) override { clocks_[thread.index].unfenced = false; }
+  void waited_for_dependency(Thread& thread) override { clocks_[thread.index].waited = true; }
 
   void accessed(Thread& thread, const void* address, size_t bytes, Access access, const Site& site) override {
     check(thread, address, bytes, access, place_of(site));
@@ -190,6 +198,7 @@ class RaceChecker final : public Checker {
   bool ordered(const Event& then, const Event& now) const {
     if (then.thread < 0) return true;
     const ThreadClock& clock = clocks_[now.thread];
+    if (then.block < first_block_) return clock.waited;
     if (then.block == now.block) {
       if (then.thread == now.thread || then.epoch < now.epoch) return true;
       const bool same_warp = then.thread / warpSize == now.thread / warpSize;
@@ -241,8 +250,9 @@ class RaceChecker final : public Checker {
     const std::string does = access.reads && access.writes ? "updates" : access.writes ? "writes" : "reads";
     std::string message = "race: thread " + std::to_string(now.thread) + ' ' + does + ' ' +
                           (space == Space::shared ? "shared" : "global") + " memory" + text_of(address) + " that " +
-                          (other_block ? "thread " + std::to_string(then.thread) + " of another block has "
-                                       : "thread " + std::to_string(then.thread) + " has ") +
+                          (then.block < first_block_ ? "the launch before has "
+                           : other_block ? "thread " + std::to_string(then.thread) + " of another block has "
+                                         : "thread " + std::to_string(then.thread) + " has ") +
                           did + " at " + text(then.place) + ", and nothing orders the two";
     fail(text(now.place), message);
   }
@@ -270,7 +280,9 @@ class RaceChecker final : public Checker {
   }
 
   const char* const module_begin_ = find_module();
-  uint32_t last_scope_ = 0, scope_of_launch_ = 0;
+  uint32_t last_scope_ = 0;
+  uint32_t scope_of_launch_ = 0;  // or of the last one that did not begin early
+  uint32_t first_block_ = 0;      // of the launch
   uint32_t block_ = 0, epoch_ = 0;
   std::vector<ThreadClock> clocks_;
   Knowledge acquired_by_block_;

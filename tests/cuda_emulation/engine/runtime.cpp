@@ -60,15 +60,36 @@ cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 
+// What launchers ask of the device that kernels run on: an H100, but for the number of its SMs.
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = state.config.sms;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = 228 << 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 #define FOR_TESTS __attribute__((visibility("default")))
 
-FOR_TESTS void emulation_configure(int order, uint64_t seed, int eager_copies) {
-  state.config = {static_cast<emulation::Order>(order), seed, eager_copies != 0};
+FOR_TESTS void emulation_configure(int order, uint64_t seed, int eager_copies, int sms) {
+  state.config = {static_cast<emulation::Order>(order), seed, eager_copies != 0, sms};
 }
 
 FOR_TESTS void emulation_reset() {
   state.counters = {};
-  state.launches.clear();
+  state.launched.clear();
 }
 
 // The i-th counter; null when there are no more.
@@ -96,11 +117,12 @@ FOR_TESTS void emulation_name(uintptr_t offset, const char* name) {
   state.kernel_names[static_cast<const char*>(module.dli_fbase) + offset] = name;
 }
 
-// The i-th kernel that was launched since the last reset, by its name, and how often; null when there are no more.
-FOR_TESTS const char* emulation_launched(int i, uint64_t* launches) {
-  if (i < 0 || i >= static_cast<int>(state.launches.size())) return nullptr;
-  const auto& [kernel, count] = *std::next(state.launches.begin(), i);
-  *launches = count;
+// The i-th kernel that was launched since the last reset, by its name, and how often, or with how much dynamic shared
+// memory; null when there are no more.
+FOR_TESTS const char* emulation_launched(int i, bool smem, uint64_t* value) {
+  if (i < 0 || i >= static_cast<int>(state.launched.size())) return nullptr;
+  const auto& [kernel, launched] = *std::next(state.launched.begin(), i);
+  *value = smem ? launched.dynamic_smem_bytes : launched.times;
   const auto name = state.kernel_names.find(kernel);
   return name == state.kernel_names.end() ? "kernel without a name" : name->second.c_str();
 }

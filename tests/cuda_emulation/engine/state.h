@@ -22,6 +22,7 @@ struct Config {
   Order order = Order::forward;  // of the lanes in a warp, the warps in a block, the blocks in a grid
   uint64_t seed = 1;             // of the random order
   bool eager_copies = false;     // cp.async copies at once instead of at its wait
+  int sms = 4;                   // what a launcher that divides work among the SMs is told there are
 };
 
 inline constexpr size_t kDefaultMaxSmem = 48 << 10;  // of a kernel that did not ask for more
@@ -35,6 +36,11 @@ struct Counters {
   uint64_t launches, blocks, threads, switches, barriers, collectives, mma, ldmatrix;
   uint64_t ldmatrix_conflicts;  // 16-byte rows that waited for another row of their 8x8 matrix in the same banks
   uint64_t undefined_shuffles;  // lanes that read a lane which took no part
+};
+
+struct Launched {
+  uint64_t times;
+  uint64_t dynamic_smem_bytes;  // the most
 };
 
 struct AsyncCopy {
@@ -82,13 +88,14 @@ struct MemoryRange {
 struct State {
   Config config;
   Counters counters{};
-  std::map<const void*, uint64_t> launches;         // by kernel
+  std::map<const void*, Launched> launched;         // by kernel
   std::map<const void*, std::string> kernel_names;  // told by Python, for messages
   std::map<const void*, size_t> max_smem;           // by kernel, where it asked for more
 
   const void* kernel = nullptr;
   void (*thread_body)(const void*) = nullptr;
   const void* arguments = nullptr;
+  bool begins_early = false;  // the launch may begin before the one before it has ended
   uint64_t random = 1;
   MemoryRange static_smem;  // every __shared__ variable of the module; empty under ASan
   MemoryRange dynamic_smem;
@@ -139,6 +146,7 @@ struct Checker {
   virtual void barrier_passed() {}
   virtual void warp_synchronized(int /*warp*/, unsigned /*lanes*/) {}
   virtual void fenced(Thread&) {}
+  virtual void waited_for_dependency(Thread&) {}
   virtual void accessed(Thread&, const void* /*address*/, size_t /*bytes*/, Access, const Site&) = 0;  // by the engine
   virtual void block_ends() {}
 };

@@ -59,6 +59,23 @@ __global__ void loop_without_an_end_kernel(const float* in, float* out, unsigned
   out[threadIdx.x] = sum;
 }
 
+// The second launch adds to what the first one wrote.
+template <bool Bug>
+__global__ void dependency_without_a_wait_kernel(const float* in, float* out, unsigned) {
+  const float x = in[threadIdx.x];
+  if (!Bug || threadIdx.x % 32 == 0) wait_for_dependency();
+  out[threadIdx.x] += x;  // named
+}
+
+// One thread waits for all that meet it at the barrier.
+template <bool Bug>
+__global__ void wait_for_the_dependency_after_the_barrier_kernel(const float* in, float* out, unsigned) {
+  if (!Bug && threadIdx.x == 0) wait_for_dependency();
+  __syncthreads();
+  if (Bug && threadIdx.x == 0) wait_for_dependency();
+  out[threadIdx.x] += in[threadIdx.x];  // named
+}
+
 template <bool Bug>
 __global__ void too_many_threads_kernel(const float* in, float* out, unsigned n) {
   if (threadIdx.x < n) out[threadIdx.x] = in[threadIdx.x];
@@ -82,6 +99,9 @@ const Table kGrids = {
     {"last_block_without_a_fence", {PLANTED(last_block_without_a_fence), {3}}},
     {"waits_for_another_block", {PLANTED(waits_for_another_block), {2}}},
     {"loop_without_an_end", {PLANTED(loop_without_an_end)}},
+    {"dependency_without_a_wait", {PLANTED(dependency_without_a_wait), {.twice = true}}},
+    {"wait_for_the_dependency_after_the_barrier",
+     {PLANTED(wait_for_the_dependency_after_the_barrier), {.twice = true}}},
     {"too_many_threads", {PLANTED(too_many_threads), {1, 1024}, {1, 1025}}},
     {"too_much_shared_memory",
      {PLANTED(too_much_shared_memory), {1, kThreads, 99 << 10}, {1, kThreads, (99 << 10) + 1}}},

@@ -13,6 +13,7 @@ namespace planted {
 using fastpeft::cp_async_16;
 using fastpeft::cp_async_commit;
 using fastpeft::cp_async_wait;
+using fastpeft::wait_for_dependency;
 
 constexpr int kThreads = 128;
 
@@ -20,6 +21,7 @@ struct Launch {
   unsigned blocks = 1;
   unsigned threads = kThreads;
   size_t smem_bytes = 0;
+  bool twice = false;  // the second may begin early
 };
 
 using Kernel = void (*)(const float* in, float* out, unsigned n);

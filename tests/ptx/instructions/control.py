@@ -1,6 +1,6 @@
 """Branches, exits and the barrier of a block."""
 
-from ..actions import Barrier, Branch, Exit
+from ..actions import Barrier, Branch, Compute, Exit
 from ..formats import U32
 from ..parse import Immediate, PtxError
 from . import instruction
@@ -35,3 +35,9 @@ def _block_barrier(kernel, which, threads=None):
     if which != Immediate("0"):
         raise PtxError("only barrier 0 is implemented")
     return Barrier(kernel.source(threads, U32) if threads else None)
+
+
+@instruction("griddepcontrol.{what}", what=("launch_dependents", "wait"))
+def griddepcontrol(what):
+    """Nothing to do: launches run one after the other here."""
+    return lambda kernel: Compute(lambda warp, lanes: None)

@@ -155,6 +155,17 @@ def fence(scope, kind=None):
     return lambda kernel: Compute(lambda warp, lanes: None)
 
 
+@instruction("prefetch.global.{cache}", cache=("L1", "L2"))
+def prefetch(cache):
+    """Nothing to do; an address out of bounds is ignored on a GPU, too."""
+
+    def bind(kernel, address):
+        kernel.address(address)
+        return Compute(lambda warp, lanes: None)
+
+    return bind
+
+
 # ---- asynchronous copies
 
 

@@ -11,8 +11,11 @@ namespace emulation {
 
 // Runs `thread_body(arguments)` in every thread of the grid and returns when all have ended. What a GPU refuses comes
 // back as its error code; a defect found while the kernel runs is thrown as emulation::Error.
-cudaError_t launch(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, void (*thread_body)(const void*),
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, void (*thread_body)(const void*),
                    const void* arguments);
+
+// griddepcontrol.wait: what the launch before wrote may be touched from here on, if this one is allowed to begin early.
+void wait_for_dependency();
 
 cudaError_t set_max_dynamic_smem(const void* kernel, int bytes);
 
@@ -29,8 +32,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& call = *static_cast<const Call*>(p);
     std::apply(call.kernel, call.arguments);
   };
-  return emulation::launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
-                           config->dynamicSmemBytes, thread_body, &call);
+  return emulation::launch(reinterpret_cast<const void*>(kernel), *config, thread_body, &call);
 }
 
 template <class Kernel>

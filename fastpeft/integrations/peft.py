@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
+from fastpeft.integrations.peft_prefix import accelerate_prefix, prefix_reasons, restore_prefix
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen
 from fastpeft.ops.lora_linear import autocast_dtype
@@ -77,11 +78,14 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     for name, layer in layers:
         reason = _why_not(layer)
         rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
+    for name, reason in prefix_reasons(model).items():
+        rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
     if strict and not Report(rows).fused:
         raise ValueError(f"no adapter module of this model can be fused\n{Report(rows)}")
     close_cpu_trap(model)
     loss = fuse_loss(model)
-    for (_, layer), row in zip(layers, rows, strict=True):
+    accelerate_prefix(model)
+    for (_, layer), row in zip(layers, rows, strict=False):  # the rows of prefixes come after those of layers
         if row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
             layer._fold = fold
@@ -94,6 +98,7 @@ def restore(model: nn.Module) -> None:
         if isinstance(module, _Fused):
             module.__class__ = _STOCK[type(module)]
             del module._fold
+    restore_prefix(model)
     restore_loss(model)
     reopen_cpu_trap(model)
 

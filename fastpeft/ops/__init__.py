@@ -9,4 +9,5 @@ from fastpeft.ops.prefix_attention_backends import TABLE as _PREFIX_ATTENTION
 
 __all__ = ["cross_entropy", "lora_linear", "nf4_dequantize", "nf4_merge", "nf4_quantize", "prefix_attention"]
 
-TABLES = {"lora_linear": _LORA_LINEAR, "prefix_attention": _PREFIX_ATTENTION}  # op -> how it chooses its backend on a GPU
+# op -> how it chooses its backend on a GPU
+TABLES = {"lora_linear": _LORA_LINEAR, "prefix_attention": _PREFIX_ATTENTION}

@@ -25,6 +25,8 @@ _LEAST_ROWS = 32
 
 # From so many keys on torch's flash attention is as fast on a CPU as blocks; see benchmarks/prefix_attention.py.
 _FLASH_FROM_KEYS_ON_CPU = 1024
+# Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Form(NamedTuple):
@@ -42,7 +44,7 @@ def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> 
     lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
     if out.numel() == 0:
         return out, lse
-    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form) or _decodes_on_cpu(q, cu_seqlens, form):
         _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse)
     else:
         for i in _documents(cu_seqlens):
@@ -59,10 +61,10 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
     if out.numel() == 0:
         return [grad.zero_() for grad in grads]
     if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
-        _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse, grads)
+        _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
-            real = [t[:, :, i] for t in (dout, q, k, v)]
+            real = [t[:, :, i] for t in (dout, q, k, v, out, lse)]
             into = [t[:, :, i] for t in (dq, dk, dv)]
             _block_backward(*real, prefix_k, prefix_v, key_padding_mask, form, [*into, *dprefix])
     return grads
@@ -91,137 +93,180 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.to(wide), b.to(wide))
 
 
-def _product_dtype(t: Tensor) -> torch.dtype:
-    """In which dtype rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it."""
-    if t.device.type == "cpu":
-        if t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.float32
-        if t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-            return torch.float32
-    return t.dtype
+def _product_dtype(t: Tensor, form: Form) -> torch.dtype:
+    """In which dtype a block's rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it,
+    or where scores are needed before anything is subtracted from them."""
+    slow = t.device.type == "cpu" and (
+        (t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        or (t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    )
+    return _wide(t.dtype) if slow or form.softcap is not None else t.dtype
 
 
-# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i.
+# A float32 is the sum of three bfloat16.
+_PARTS = 3
+
+# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i. The heads that share
+# a key take turns in the rows of its scores: row i of head g is row i * G + g, so that a block of rows is a slice.
 
 
 class _Block(NamedTuple):
-    """Rows of some sequences, and the columns that any of them may see."""
+    """Rows of some sequences, and the columns that any of these rows may see."""
 
-    batch: slice
     rows: slice
     columns: slice
 
 
-def _blocks(q: Tensor, k: Tensor, P: int, form: Form) -> Iterator[tuple[slice, list[_Block]]]:
-    """Sequences that are worked on together, with the blocks of their rows."""
-    (B, H, S, _), T = q.shape, k.shape[2]
+class _Plan(NamedTuple):
+    """Which sequences are worked on together, in which blocks."""
+
+    batches: list[slice]
+    blocks: list[_Block]
+    P: int
+    T: int
+    S: int
+    G: int
+
+
+def _plan(q: Tensor, k: Tensor, P: int, form: Form) -> _Plan:
+    (B, H, S, _), (_, Hkv, T, _) = q.shape, k.shape
     budget = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS["cuda"])
     if q.device.type == "cpu":
         budget *= torch.get_num_threads()
     together = min(B, max(1, budget // (H * S * (P + T))))
-    rows = S if together > 1 else min(S, max(_LEAST_ROWS, budget // (H * (P + T))))
-    for b in range(0, B, together):
-        batch = slice(b, min(b + together, B))
-        yield batch, [_block(batch, slice(i, min(i + rows, S)), P, T, S, form) for i in range(0, S, rows)]
+    step = S if together > 1 else min(S, max(_LEAST_ROWS, budget // (H * (P + T))))
+    blocks = []
+    for start in range(0, S, step):
+        rows = slice(start, min(start + step, S))
+        first = 0 if form.window is None else max(0, P + T - S + rows.start - form.window + 1)
+        blocks.append(_Block(rows, slice(first, P + T - S + rows.stop if form.causal else P + T)))
+    return _Plan([slice(b, min(b + together, B)) for b in range(0, B, together)], blocks, P, T, S, H // Hkv)
 
 
-def _block(batch: slice, rows: slice, P: int, T: int, S: int, form: Form) -> _Block:
-    first, last = (P + T - S + row for row in (rows.start, rows.stop - 1))
-    start = 0 if form.window is None else max(0, first - form.window + 1)
-    return _Block(batch, rows, slice(start, last + 1 if form.causal else P + T))
+def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype, ones: int = 0) -> Tensor:
+    """[n * Hkv, P + T, D + ones] in `dtype`: the prefix before each of n sequences, and columns of ones."""
+    (n, Hkv, T, D), P = real.shape, prefix.shape[1]
+    joined = torch.empty(n, Hkv, P + T, D + ones, dtype=dtype, device=real.device)
+    joined[:, :, :P, :D] = prefix
+    joined[:, :, P:, :D] = real
+    joined[..., D:] = 1
+    return joined.view(n * Hkv, P + T, D + ones)
 
 
-def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, Hkv, P + T, D] in `dtype`: the prefix before each of the n sequences of a block."""
-    n, Hkv, T, D = real.shape
-    P = prefix.shape[1]
-    joined = torch.empty(n, Hkv, P + T, D, dtype=dtype, device=real.device)
-    joined[:, :, :P] = prefix
-    joined[:, :, P:] = real
-    return joined.view(n * Hkv, P + T, D)
+def _by_rows(t: Tensor, G: int) -> Tensor:
+    """[n, H, S, C] as [n, Hkv, S, G, C], a view."""
+    return t.unflatten(1, (-1, G)).transpose(2, 3)
 
 
-def _rows_of(t: Tensor, block: _Block, Hkv: int, dtype: torch.dtype) -> Tensor:
-    """[n * Hkv, G * rows, D] in `dtype`: the rows of the heads that share a key."""
-    t = t[block.batch, :, block.rows]
-    n, H, rows, D = t.shape
-    return t.to(dtype).reshape(n * Hkv, H // Hkv * rows, D)
+def _stacked(t: Tensor, G: int, dtype: torch.dtype, minus: Tensor | None = None) -> Tensor:
+    """[n, H, S, C] -> [n * Hkv, S * G, C] in `dtype`.
+
+    minus: [n, H, S] float32; `_PARTS` more columns, whose product with columns of ones subtracts it.
+    """
+    view, C = _by_rows(t, G), t.shape[3]
+    n, Hkv, S = view.shape[:3]
+    stacked = torch.empty(n, Hkv, S, G, C if minus is None else C + _PARTS, dtype=dtype, device=t.device)
+    stacked[..., :C] = view
+    if minus is not None:
+        rest = -_by_rows(minus.unsqueeze(-1), G).squeeze(-1)
+        for part in range(C, C + _PARTS):
+            stacked[..., part] = rest
+            rest = rest - stacked[..., part]
+    return stacked.view(n * Hkv, S * G, -1)
 
 
-def _scores(queries: Tensor, keys: Tensor, block: _Block, P: int, T: int, S: int, mask, form: Form) -> Tensor:
-    """[n * Hkv, G * rows, columns] in at least float32; -inf where a row does not see a column. queries: scaled."""
-    scores = torch.bmm(queries, keys[:, block.columns].transpose(1, 2))
+def _put(rows: Tensor, into: Tensor, G: int) -> None:
+    """The way back: [n * Hkv, S * G, C] into [n, H, S, C]."""
+    into = _by_rows(into, G)
+    into.copy_(rows.view(into.shape))
+
+
+def _scores(queries: Tensor, keys: Tensor, block: _Block, plan: _Plan, hidden: Tensor | None, form: Form) -> Tensor:
+    """[n * Hkv, rows * G, columns]; -inf where a row does not see a column. hidden: [n, T], True hides a real key."""
+    P, T, S, G = plan[2:]
+    rows, columns = block
+    scores = torch.bmm(queries[:, rows.start * G : rows.stop * G], keys[:, columns].transpose(1, 2))
     if form.softcap is not None:
         scores.div_(form.softcap).tanh_().mul_(form.softcap)
-    first, rows = P + T - S + block.rows.start, block.rows.stop - block.rows.start
-    start, stop = block.columns.start, block.columns.stop
-    n = block.batch.stop - block.batch.start
-    heads = scores.view(n, -1, rows, stop - start)  # the rows of one head are adjacent
-    row = torch.arange(rows, device=scores.device).unsqueeze(1)
-    if form.causal and rows > 1:
-        column = torch.arange(rows, device=scores.device)
-        heads[..., first - start :].masked_fill_(column > row, float("-inf"))
-    if form.window is not None and first + rows - 1 - start >= form.window:
-        column = torch.arange(start, min(stop, first + rows - form.window), device=scores.device)
-        heads[..., : len(column)].masked_fill_(column <= row + (first - form.window), float("-inf"))
-    if mask is not None and stop > P:
-        shown = slice(max(start, P), stop)
-        hidden = ~mask[block.batch, shown.start - P : shown.stop - P]
-        heads[..., shown.start - start :].masked_fill_(hidden[:, None, None], float("-inf"))
+    first = P + T - S + rows.start  # where the first row stands
+    by_row = scores.view(len(scores), rows.stop - rows.start, G, -1)
+    row = torch.arange(by_row.shape[1], device=scores.device)[:, None, None]
+    if form.causal and len(row) > 1:
+        column = row.flatten()
+        by_row[..., first - columns.start :].masked_fill_(column > row, float("-inf"))
+    if form.window is not None and first + len(row) - 1 - columns.start >= form.window:
+        column = torch.arange(columns.start, min(columns.stop, first + len(row) - form.window), device=scores.device)
+        by_row[..., : len(column)].masked_fill_(column <= row + (first - form.window), float("-inf"))
+    if hidden is not None and columns.stop > P:
+        shown = slice(max(columns.start, P), columns.stop)
+        by_sequence = scores.view(len(hidden), -1, scores.shape[2])[..., shown.start - columns.start :]
+        by_sequence.masked_fill_(hidden[:, None, shown.start - P : shown.stop - P], float("-inf"))
     return scores
 
 
-def _softmax(scores: Tensor, may_be_empty: bool) -> Tensor:
-    weights = torch.softmax(scores, -1)
-    return weights.nan_to_num_(0.0) if may_be_empty else weights
-
-
 def _block_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
-    (_, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]
-    wide, low = _wide(q.dtype), _product_dtype(q)
+    plan = _plan(q, k, prefix_k.shape[1], form)
+    wide, low, G = _wide(q.dtype), _product_dtype(q, form), plan.G
     may_be_empty = mask is not None and form.window is not None  # else a row sees the prefix or itself
-    for batch, blocks in _blocks(q, k, P, form):
+    for batch in plan.batches:
         keys, values = _joined(prefix_k, k[batch], wide), _joined(prefix_v, v[batch], low)
-        for block in blocks:
-            queries = _rows_of(q, block, Hkv, wide) * form.scale
-            scores = _scores(queries, keys, block, P, T, S, mask, form)
-            weights = _softmax(scores, may_be_empty)
+        queries = _stacked(q[batch], G, wide).mul_(form.scale)
+        hidden = None if mask is None else ~mask[batch]
+        for block in plan.blocks:
+            scores = _scores(queries, keys, block, plan, hidden, form)
+            weights = torch.softmax(scores, -1)
+            if may_be_empty:
+                weights.nan_to_num_(0.0)
+            _put(torch.bmm(weights.to(low), values[:, block.columns]), out[batch, :, block.rows], G)
             # The weight of the largest score is exp(largest - lse).
-            largest, weight = scores.amax(-1), weights.amax(-1)
-            block_lse = torch.where(weight > 0, largest - weight.log(), largest)
-            product = torch.bmm(weights.to(low), values[:, block.columns])
-            rows = out[batch, :, block.rows]
-            rows.copy_(product.view(rows.shape))
-            lse[batch, :, block.rows] = block_lse.view(rows.shape[:3])
+            block_lse = scores.amax(-1, keepdim=True).sub_(weights.amax(-1, keepdim=True).log_())
+            if may_be_empty:
+                block_lse.nan_to_num_(float("-inf"))
+            _put(block_lse, lse[batch, :, block.rows].unsqueeze(-1), G)
 
 
-def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> None:
-    (_, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]
+def _block_backward(dout, q, k, v, out, lse, prefix_k, prefix_v, mask, form, grads) -> None:
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    wide, low = _wide(q.dtype), _product_dtype(q)
+    plan, (D, Hkv) = _plan(q, k, prefix_k.shape[1], form), (q.shape[3], k.shape[1])
+    wide, low, G, P = _wide(q.dtype), _product_dtype(q, form), plan.G, plan.P
+    rounds = low != wide
+    if rounds:
+        delta = (dout.to(wide) * out).sum(-1)
+        lse = lse.masked_fill(lse == float("-inf"), 0)  # every column of such a row is hidden anyway
     may_be_empty = mask is not None and form.window is not None
-    for batch, blocks in _blocks(q, k, P, form):
-        keys, values = _joined(prefix_k, k[batch], low), _joined(prefix_v, v[batch], wide)
-        wide_keys = keys.to(wide)
-        dkeys, dvalues = torch.zeros_like(wide_keys), torch.zeros_like(values)
-        for block in blocks:
-            columns = block.columns
-            queries, douts = _rows_of(q, block, Hkv, low), _rows_of(dout, block, Hkv, low)
-            scores = _scores(queries.to(wide) * form.scale, wide_keys, block, P, T, S, mask, form)
-            weights = _softmax(scores, may_be_empty)
-            dweights = torch.bmm(douts.to(wide), values[:, columns].transpose(1, 2))
-            dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
-            if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
-                dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
-            dscores = dscores.to(low)
-            rows = dq[batch, :, block.rows]
-            rows.copy_(torch.bmm(dscores, keys[:, columns]).mul_(form.scale).view(rows.shape))
-            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries)
-            dvalues[:, columns] += torch.bmm(weights.to(low).transpose(1, 2), douts)
-        dkeys, dvalues = dkeys.mul_(form.scale).view(-1, Hkv, P + T, D), dvalues.view(-1, Hkv, P + T, D)
+    for batch in plan.batches:
+        ones = _PARTS if rounds else 0
+        keys, values = (_joined(*pair, low, ones) for pair in ((prefix_k, k[batch]), (prefix_v, v[batch])))
+        queries = _stacked(q[batch], G, low, lse[batch] if rounds else None)
+        queries[..., :D] *= form.scale
+        douts = _stacked(dout[batch], G, low, delta[batch] if rounds else None)
+        hidden = None if mask is None else ~mask[batch]
+        dkeys, dvalues = (torch.zeros(len(t), P + plan.T, D, dtype=wide, device=q.device) for t in (keys, values))
+        for block in plan.blocks:
+            columns, rows = block.columns, slice(block.rows.start * G, block.rows.stop * G)
+            scores = _scores(queries, keys, block, plan, hidden, form)
+            dweights = torch.bmm(douts[:, rows], values[:, columns].transpose(1, 2))
+            if rounds:
+                # exp(score - lse), and its product with (dweight - delta). Both differences come out of the products
+                # above, by more columns of their operands, and so are rounded after the subtraction: else a rounding
+                # error of a large score would be one of its weight.
+                weights = scores.exp_()
+                dscores = dweights.mul_(weights)
+            else:
+                weights = torch.softmax(scores, -1)
+                if may_be_empty:
+                    weights.nan_to_num_(0.0)
+                dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
+                if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
+                    dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
+            _put(torch.bmm(dscores, keys[:, columns, :D]), dq[batch, :, block.rows], G)
+            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries[:, rows, :D])
+            dvalues[:, columns] += torch.bmm(weights.transpose(1, 2), douts[:, rows, :D])
+        dkeys, dvalues = dkeys.view(-1, Hkv, P + plan.T, D), dvalues.view(-1, Hkv, P + plan.T, D)
         dk[batch], dv[batch] = dkeys[:, :, P:], dvalues[:, :, P:]
         dprefix_k += dkeys[:, :, :P].sum(0)
         dprefix_v += dvalues[:, :, :P].sum(0)
+    dq *= form.scale
 
 
 # Flash
@@ -232,13 +277,17 @@ def _flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
     S, T, D = q.shape[2], k.shape[2], q.shape[3]
     if form.softcap is not None or form.window is not None or (form.causal and S not in (1, T)):
         return False
+    if mask is not None or q.dtype not in _FLASH_DTYPES:
+        return False
     if q.device.type == "cpu":
-        if S == 1:  # decoding reads the cache where it lies
-            return cu_seqlens is None
-        return mask is None and cu_seqlens is None and T >= _FLASH_FROM_KEYS_ON_CPU
-    if q.device.type == "cuda":
-        return mask is None and q.dtype.itemsize == 2 and D % 8 == 0 and D <= 256 and _has_flash(q.device)
-    return False
+        return cu_seqlens is None and T >= _FLASH_FROM_KEYS_ON_CPU and S > 1
+    return q.is_cuda and D % 8 == 0 and D <= 256 and _has_flash(q.device)
+
+
+def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:
+    """One query: torch's op reads the cache where it lies, and takes a mask of keys."""
+    plain = form.softcap is None and form.window is None and cu_seqlens is None
+    return plain and q.device.type == "cpu" and q.shape[2] == 1
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -261,10 +310,10 @@ def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse
     _from_key_head(merged_lse, lse.unsqueeze(-1), Hkv)
 
 
-def _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse, grads) -> None:
+def _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads) -> None:
     Hkv = k.shape[1]
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    real_dq, real_dk, real_dv = _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse)
+    real_dq, real_dk, real_dv = _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
     dk.copy_(real_dk)
     dv.copy_(real_dv)
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
@@ -320,7 +369,7 @@ def _torch_flash(q, k, v, cu_seqlens, mask, form) -> tuple[Tensor, Tensor]:
     return out.reshape(q.shape), lse.reshape(B, H, S)
 
 
-def _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+def _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse: those of the joint softmax. Returns dq, dk, dv."""
     S, causal = q.shape[2], form.causal and q.shape[2] > 1
     if q.is_cuda:
@@ -332,12 +381,9 @@ def _torch_flash_backward(dout, q, k, v, cu_seqlens, mask, form, out, lse) -> tu
             scale=form.scale,
         )  # fmt: skip
         return tuple(_heads_first(t) for t in grads)
-    shape = q.shape
-    dout, q, out = (_share_keys(t, k) for t in (dout, q, out))
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse.reshape(q.shape[:3]), 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=form.scale
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=form.scale
     )
-    return dq.reshape(shape), dk, dv
 
 
 def _share_keys(t: Tensor, k: Tensor) -> Tensor:

@@ -130,12 +130,11 @@ def _lora_weight(weight, dtype, N, K, **_) -> Tensor | tuple:
 def _prefix_attention(kernels) -> Launches:
     # Head sizes choose the tile; 80 and 96 leave columns of it empty. "light" is a causal attention as most models have
     # it, "heavy" all that takes registers, and "packed" the bounds of documents.
-    shapes = [dict(D=D, dtype="bf16") for D in (64, 128, 256)]
-    cases = [("light", shape) for shape in shapes]
-    cases += [("heavy", dict(shape, dtype="fp16")) for shape in shapes]
-    cases += [("packed", dict(shapes[0], D=96)), ("packed full", dict(shapes[0], D=80))]
+    cases = [("light", dict(D=D, dtype="bf16")) for D in (64, 128, 256)]
+    cases += [("heavy", dict(D=D, dtype="fp16")) for D in (128, 256)]
+    cases += [("packed", dict(D=96, dtype="bf16")), ("packed full", dict(D=80, dtype="bf16"))]
     for extras, shape in cases:
-        q, k, row, prefix, dkv, dprefix, cu_seqlens, mask, form = _attention(extras, **shape)
+        q, k, row, prefix, cu_seqlens, mask, form = _attention(extras, **shape)
         case = f"{extras} {_case(**shape)}"
         masks, few, T = (cu_seqlens, mask, form), q[:, :, :16], k.shape[2]
         forward = kernels.prefix_attention_fwd
@@ -145,11 +144,12 @@ def _prefix_attention(kernels) -> Launches:
             yield f"prefix_attention_fwd few {case}", few
         dq = partial(kernels.prefix_attention_dq, q, q, k, k, prefix, prefix, *masks, q, row, row, q)
         yield f"prefix_attention_dq {case}", dq
-        dkv = partial(kernels.prefix_attention_dkv, q, q, k, k, prefix, *masks, row, row, dkv)
+        dkv = partial(kernels.prefix_attention_dkv, q, q, k, k, prefix, *masks, row, row, k, k)
         yield f"prefix_attention_dkv {case}", dkv
-        dprefix = partial(kernels.prefix_attention_dprefix, q, q, prefix, prefix, cu_seqlens, T, form, row, row, dprefix)
+        dprefix = (prefix.float(),) * 2
+        dprefix = partial(kernels.prefix_attention_dprefix, q, q, prefix, prefix, cu_seqlens, T, form, row, row, *dprefix)
         yield f"prefix_attention_dprefix {case}", dprefix
-        if extras != "heavy":  # beside another kernel, which has no softcap either
+        if extras in ("light", "packed"):  # beside another kernel, which has no softcap either
             merge = partial(kernels.prefix_attention_merge, q, prefix, prefix, cu_seqlens, T, form, q, row)
             yield f"prefix_attention_merge {case}", merge
             add_dq = partial(kernels.prefix_attention_add_dq, q, q, prefix, prefix, cu_seqlens, T, form, q, row, row, q)
@@ -157,7 +157,7 @@ def _prefix_attention(kernels) -> Launches:
 
 
 def _attention(extras, D, dtype) -> tuple:
-    """q, k, a float32 for each row, prefix, dkv, dprefix, cu_seqlens, mask, form; q lies as a projection leaves it."""
+    """q, k, a float32 for each row, prefix, cu_seqlens, mask, form; q and k lie as a projection leaves them."""
     B, H, Hkv, S, P = 2, 32, 8, 4096, 64
     if extras.startswith("packed"):
         B, S = 1, B * S
@@ -170,8 +170,7 @@ def _attention(extras, D, dtype) -> tuple:
         form.softcap = 50.0
     if extras in ("heavy", "packed"):
         form.window = 1000
-    dkv, dprefix = empty(2, B, Hkv, S, D, dtype=_DTYPES[dtype]), empty(2, Hkv, P, D)
-    return q, k, empty(B, H, S), empty(Hkv, P, D, dtype=_DTYPES[dtype]), dkv, dprefix, cu_seqlens, mask, form
+    return q, k, empty(B, H, S), empty(Hkv, P, D, dtype=_DTYPES[dtype]), cu_seqlens, mask, form
 
 
 TRITON: dict[str, Callable[..., Launches]] = {

@@ -171,9 +171,9 @@ cudaError_t lora_add(const LoraAddParams& p, cudaStream_t stream);
 
 // A few queries of each sequence over a prefix that all sequences share and over their own keys:
 //   s[i][j] = cap(scale * q[i] k[j]), lse[i] = log sum_j exp s[i][j], out[i] = sum_j exp(s[i][j] - lse[i]) v[j]
-// cap(s) = softcap * tanh(s / softcap). Of T keys sequence b has the first n = lengths[b]. Query i stands at position
-// P + n - L + i, key j at P + j, slot j of the prefix at j; causal: a query sees what stands no later than itself;
-// window: and less than `window` positions before it. A row that sees nothing has out 0 and lse -inf.
+// cap(s) = softcap * tanh(s / softcap). Query i stands at position P + T - L + i, key j at P + j, slot j of the prefix
+// at j; causal: a query sees what stands no later than itself; window: and less than `window` positions before it. A
+// row that sees nothing has out 0 and lse -inf.
 struct HeadStrides {
   int64_t sequence, head, row;  // elements
 };
@@ -183,10 +183,9 @@ struct PrefixAttentionDecodeParams {
   const void* v;
   const void* prefix_k;  // [Hkv, P, D] of dtype, contiguous, and so is prefix_v
   const void* prefix_v;
-  const int32_t* lengths;  // [B], 0 to T each, or null for T
-  const uint8_t* mask;     // [B, T], 0 hides a key; or null
-  void* out;               // [B, L, H, D] of dtype
-  float* lse;              // [B, H, L]
+  const uint8_t* mask;  // [B, T], 0 hides a key; or null
+  void* out;            // [B, L, H, D] of dtype
+  float* lse;           // [B, H, L]
   HeadStrides q_stride, k_stride, v_stride;
   bool causal;
   float scale;

@@ -73,10 +73,9 @@ struct Seen {
 };
 
 __device__ __forceinline__ Seen seen_by(const PrefixAttentionDecodeParams& p, bool is_prefix, int row) {
-  const int sequence = row / (p.H / p.Hkv * p.L), query = row % p.L;
-  const int keys = p.lengths ? __ldg(p.lengths + sequence) : p.T, at = keys - p.L + query;
+  const int at = p.T - p.L + row % p.L;
   const int first = p.window > 0 ? max(0, (is_prefix ? p.P : 0) + at + 1 - p.window) : 0;
-  return {first, is_prefix ? p.P : p.causal ? at + 1 : keys};
+  return {first, is_prefix ? p.P : p.causal ? at + 1 : p.T};
 }
 
 // log2(e) times the score; scale and softcap contain what makes it so.
@@ -333,15 +332,9 @@ __device__ __forceinline__ Work<T> work_of(const PrefixAttentionDecodeParams& p,
     if (p.mask) work.mask = p.mask + static_cast<int64_t>(sequence) * p.T;
   }
 
-  // Of its split what some row may see: the first query of a sequence sees the first key, the shortest the first slot.
-  const auto keys_of = [&](int b) { return p.lengths ? __ldg(p.lengths + b) : p.T; };
-  int keys = INT32_MAX;
-  for (int b = work.first_row / rows_of_sequence; b <= (work.first_row + work.rows - 1) / rows_of_sequence; ++b) {
-    keys = min(keys, keys_of(b));
-  }
-  const int first = p.window > 0 ? (work.is_prefix ? p.P : 0) + keys - p.L + 1 - p.window : 0;
-  work.begin = max(split * part.chunk, first);
-  work.end = min((split + 1) * part.chunk, work.is_prefix ? p.P : min(keys, p.T));
+  // Of its split what the first query sees: the others see no earlier key.
+  work.begin = max(split * part.chunk, seen_by(p, work.is_prefix, 0).first);
+  work.end = min((split + 1) * part.chunk, work.is_prefix ? p.P : p.T);
   return work;
 }
 

@@ -51,7 +51,7 @@ from .prefix_attention_scores import (
     strided,
 )
 from .products import dot
-from .tiles import tile_of
+from .tiles import attention_tile_of
 
 __all__ = [
     "prefix_attention_add_dq",
@@ -218,7 +218,7 @@ def _forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, keys, form, out, lse
     few = " few" if q.shape[2] <= FEW_ROWS else ""
     launch_rows(
         prefix_attention_fwd_kernel,
-        tile_of(f"prefix_attention_fwd{few}", q.shape[3]),
+        attention_tile_of(f"prefix_attention_fwd{few}", q.shape[3]),
         q,
         form,
         *strided(out),

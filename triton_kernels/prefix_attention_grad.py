@@ -36,8 +36,8 @@ from .prefix_attention_scores import (
     store_rows,
     strided,
 )
-from .products import dot, launch, share
-from .tiles import tile_of
+from .products import dot, partials_of, share, splits_of, sum_partials
+from .tiles import attention_tile_of
 
 
 @triton.jit
@@ -187,7 +187,14 @@ def prefix_attention_dq_kernel(
 
 @triton.jit(do_not_specialize=["size", "H", "S", "T", "P", "group", "documents", "halvings", "window"])
 def prefix_attention_dkv_kernel(
-    dkv,
+    dk,
+    stride_dkb,
+    stride_dkh,
+    stride_dks,
+    dv,
+    stride_dvb,
+    stride_dvh,
+    stride_dvs,
     k,
     stride_kb,
     stride_kh,
@@ -228,7 +235,7 @@ def prefix_attention_dkv_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """dk and dv, both in dkv [2, sequences of k, Hkv, size, D], of BN keys of a key head, or a part of the sums.
+    """dk and dv of BN keys of a key head, or float32 parts of the sums, one tensor after the other.
 
     PREFIX: k and v are the prefix, one for all `sequences` of q; else each program has a sequence.
     """
@@ -258,8 +265,8 @@ def prefix_attention_dkv_kernel(
 
     blocks = tl.cdiv(tl.maximum(end - begin, 0), BM)
     step, steps = share(blocks * group * sequences, 1, split, tl.num_programs(2))
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BD], tl.float32)
+    dk_sum = tl.zeros([BN, BD], tl.float32)
+    dv_sum = tl.zeros([BN, BD], tl.float32)
     for i in range(step, steps):
         head = b * group + i // blocks  # of the query heads that meet this key head, sequence by sequence
         m0 = begin + i % blocks * BM
@@ -283,16 +290,15 @@ def prefix_attention_dkv_kernel(
                 p = tl.where(row[None, :] >= first[:, None], p, 0.0)
             if window is not None or cu_seqlens is not None:
                 p = tl.where(row[None, :] < past[:, None], p, 0.0)
-        dv = dot(round_to(p, dtype), do_tile, dv)
+        dv_sum = dot(round_to(p, dtype), do_tile, dv_sum)
         ds = p * (dot(v_tile, do_tile.T, tl.zeros([BN, BM], tl.float32)) - d_tile[None, :])
         if softcap is not None:
             ds *= softcap_slope(s, softcap)
-        dk = dot(round_to(ds, dtype), q_tile, dk)
+        dk_sum = dot(round_to(ds, dtype), q_tile, dk_sum)
 
-    heads = tl.num_programs(1).to(tl.int64)
-    dkv += (2 * split * heads + tl.program_id(1)) * size * D
-    store_rows(dkv, dk * form_scale, n0, D, size, D)
-    store_rows(dkv + heads * size * D, dv, n0, D, size, D)
+    part = split * tl.num_programs(1).to(tl.int64) * size * D
+    store_rows(dk + part + b * stride_dkb + hkv * stride_dkh, dk_sum * form_scale, n0, stride_dks, size, D)
+    store_rows(dv + part + b * stride_dvb + hkv * stride_dvh, dv_sum, n0, stride_dvs, size, D)
 
 
 def prefix_attention_dq(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse, delta, dq):
@@ -308,7 +314,7 @@ def prefix_attention_add_dq(dout, q, prefix_k, prefix_v, cu_seqlens, keys, form,
 def _dq(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, keys, form, out, lse, delta, dq):
     launch_rows(
         prefix_attention_dq_kernel,
-        tile_of("prefix_attention_dq", q.shape[3]),
+        attention_tile_of("prefix_attention_dq", q.shape[3]),
         q,
         form,
         *strided(dq),
@@ -328,29 +334,31 @@ def _dq(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, keys, form, out, ls
     )
 
 
-def prefix_attention_dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, form, lse, delta, dkv):
-    """dkv: [2, B, Hkv, T, D] contiguous, of q's dtype: dk and dv. Of the prefix only the length matters."""
-    B, Hkv, T, _ = k.shape
-    _dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, T, form, lse, delta, B * Hkv, 1, dkv)
+def prefix_attention_dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, form, lse, delta, dk, dv):
+    """dk, dv: without gaps in memory. Of the prefix only the length matters."""
+    _dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, k.shape[2], form, lse, delta, dk, dv, False)
 
 
-def prefix_attention_dprefix(dout, q, prefix_k, prefix_v, cu_seqlens, keys, form, lse, delta, dkv):
-    """dkv: float32 [2, Hkv, P, D] contiguous. keys: how many real ones there are."""
-    k, v = prefix_k.unsqueeze(0), prefix_v.unsqueeze(0)
-    _dkv(dout, q, k, v, prefix_k, cu_seqlens, None, keys, form, lse, delta, len(prefix_k), len(q), dkv)
+def prefix_attention_dprefix(dout, q, prefix_k, prefix_v, cu_seqlens, keys, form, lse, delta, dprefix_k, dprefix_v):
+    """dprefix_k, dprefix_v: contiguous float32 [Hkv, P, D]. keys: how many real ones there are."""
+    k, v, dk, dv = (t.unsqueeze(0) for t in (prefix_k, prefix_v, dprefix_k, dprefix_v))
+    _dkv(dout, q, k, v, prefix_k, cu_seqlens, None, keys, form, lse, delta, dk, dv, True)
 
 
-def _dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, keys, form, lse, delta, heads, sequences, dkv):
-    """heads: of k, of all its sequences. sequences: of q, that share k."""
+def _dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, keys, form, lse, delta, dk, dv, prefix):
+    """prefix: k and v are one for all sequences of q."""
     _, H, S, D = q.shape
-    size = k.shape[2]
-    tile = tile_of("prefix_attention_dkv", D)
-    launch(
-        prefix_attention_dkv_kernel,
-        tile,
-        (triton.cdiv(size, tile.rows), heads),
-        triton.cdiv(S, tile.depth) * (H // k.shape[1]) * sequences,
-        dkv,
+    B, Hkv, size, _ = k.shape
+    sequences = len(q) if prefix else 1
+    tile = attention_tile_of("prefix_attention_dkv", D)
+    grid = triton.cdiv(size, tile.rows), B * Hkv
+    splits = splits_of(grid, triton.cdiv(S, tile.depth) * (H // Hkv) * sequences)
+    dk_parts, dv_parts = partials_of(dk, splits), partials_of(dv, splits)
+    prefix_attention_dkv_kernel[(*grid, splits)](
+        dk_parts,
+        *dk.stride()[:3],
+        dv_parts,
+        *dv.stride()[:3],
         *strided(k),
         *strided(v),
         *strided(q),
@@ -364,10 +372,16 @@ def _dkv(dout, q, k, v, prefix_k, cu_seqlens, mask, keys, form, lse, delta, head
         *numbers(q, prefix_k, cu_seqlens, keys, form),
         form.scale,
         *score_factors(form),
-        PREFIX=dkv.dim() == 4,
+        PREFIX=prefix,
         CAUSAL=form.causal,
         D=D,
         BM=tile.depth,
         BN=tile.rows,
         BD=tile.columns,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=255,  # see launch_rows
+        enable_fp_fusion=True,
     )
+    sum_partials(dk_parts, dk)
+    sum_partials(dv_parts, dv)

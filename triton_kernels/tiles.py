@@ -1,6 +1,6 @@
-"""Launch configurations of lora_linear, as data: nothing is tuned while a user waits.
+"""Launch configurations, as data: nothing is tuned while a user waits.
 
-`python -m benchmarks.tune` times other tiles on a GPU and prints this table anew. Not timed yet: chosen for few
+`python -m benchmarks.tune` times other tiles of lora_linear on a GPU and prints TILES anew. Not timed yet: chosen for few
 instructions an element, no spills and at most 99 kB of shared memory, as compiled for sm_80 to sm_120.
 """
 
@@ -54,8 +54,16 @@ TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
     ),
     "lora_down_grad": ((inf, Tile(64, 128, 64, 8, 3)),),
     "lora_up_grad": ((inf, Tile(32, 256, 64, 8, 2)),),
-    # Of an attention: up to head sizes, not tokens. A program has `rows` queries (dkv: keys), the columns are a head's,
-    # and a step takes `depth` keys (dkv: queries).
+}
+
+
+def tile_of(launcher, M):
+    return next(tile for most, tile in TILES[launcher] if most >= M)
+
+
+# Launcher -> (up to head size D, tile), ascending. A program has `rows` queries (dkv: keys), the columns are those of a
+# head, and a step takes `depth` keys (dkv: queries). "few": up to 16 queries of a sequence.
+ATTENTION_TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
     "prefix_attention_fwd": (
         (64, Tile(128, 64, 64, 8, 2)),
         (128, Tile(128, 128, 32, 8, 3)),
@@ -79,5 +87,5 @@ TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
 }
 
 
-def tile_of(launcher, M):
-    return next(tile for most, tile in TILES[launcher] if most >= M)
+def attention_tile_of(launcher, D):
+    return next(tile for most, tile in ATTENTION_TILES[launcher] if most >= D)

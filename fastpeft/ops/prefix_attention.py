@@ -14,7 +14,7 @@ from fastpeft.ops.prefix_attention_backends import RULES, RUNNERS, choose
 from fastpeft.ops.prefix_attention_eager import Form
 from fastpeft.reference.prefix_attention import prefix_attention as _reference
 
-_RULES = {**RULES, "reference": backends.always}
+_RULES = RULES | {"reference": backends.always}
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -61,7 +61,7 @@ def prefix_attention(
     if torch.compiler.is_compiling() and backend != "reference":
         # The backend is chosen when the op runs: use_backend is invisible to the tracer.
         return torch.ops.fastpeft.prefix_attention(*tensors, *form, training, backend)[0]
-    name = choose(q, k, *tensors[5:], form, training, backend, _RULES)
+    name = choose(q, cu_seqlens, training, backend, _RULES)
     if name == "reference":
         masks = {"cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
         return _reference(q, k, v, prefix_k, prefix_v, **form._asdict(), **masks)
@@ -147,7 +147,7 @@ _FORM = "bool causal, float scale, int? window, float? softcap, bool training, s
 def _op(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, *form_and_backend):
     *form, training, backend = form_and_backend
     form = Form(*form)
-    name = choose(q, k, cu_seqlens, mask, form, training, backend)
+    name = choose(q, cu_seqlens, training, backend)
     return RUNNERS[name].forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form)
 
 
@@ -165,7 +165,7 @@ def _(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, *form_and_backend):
 def _op_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse, *form_and_backend):
     *form, training, backend = form_and_backend
     form = Form(*form)
-    name = choose(q, k, cu_seqlens, mask, form, training, backend)
+    name = choose(q, cu_seqlens, training, backend)
     return _backward(name, dout, (q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse), form)
 
 

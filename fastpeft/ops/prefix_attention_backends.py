@@ -1,8 +1,8 @@
-"""The backends of prefix_attention, and which one is chosen.
+"""How each backend computes prefix_attention, arguments checked already, and which one is chosen.
 
-Each has `forward` and `backward` as in `prefix_attention_eager`, arguments checked already. Where torch's flash
-attention serves, Triton's small kernels take in the prefix beside it; elsewhere (windows, softcap, padding, head sizes)
-its own flash attention begins with the prefix. The native module has the decoding step alone.
+Each has `forward` and `backward` as in `prefix_attention_eager`. Where torch's flash attention serves, Triton's small
+kernels take in the prefix beside it; elsewhere (windows, softcap, padding, a few queries over a cache) its own flash
+attention begins with the prefix. The native module has the decoding step alone.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from fastpeft import _native
 from fastpeft import backend as backends
 from fastpeft.backend import Row
 from fastpeft.ops import prefix_attention_eager as eager
-from fastpeft.ops.prefix_attention_eager import Form
 from fastpeft.quant import native_dtype
 
 DECODE_QUERIES = 16  # of a sequence: the most that the native kernel takes
 DECODE_HEAD_SIZES = (64, 96, 128, 256)
 MOST_HEAD_SIZE = 256  # of the Triton kernels
 
-# tokens: queries of a sequence. Modelled for an H100 in the headers of the kernels.
+# tokens: queries of a sequence. Reasons are bytes and operations in the headers of the kernels.
 TABLE = (
     Row(
         "cuda",
         tokens=DECODE_QUERIES,
         training=False,
-        reason="the prefix is read once for the batch, and the keys are divided among all SMs",
+        reason="decoding: the prefix is read once for the batch, and all keys are divided among the SMs",
     ),
     Row("triton", reason="one pass for the prefix beside torch's flash attention, or one kernel where that cannot"),
     Row("eager", dtypes=None, capability=(0, 0), reason="float32, float64, older GPUs, CPUs"),
@@ -38,7 +37,7 @@ def _needs_16_bits(q: Tensor) -> str | None:
     return None if q.dtype in backends.HALF_TYPES else f"q is {q.dtype}; the kernels take bf16 and fp16"
 
 
-def _needs_few_queries(q: Tensor, cu_seqlens: Tensor | None) -> str | None:
+def _needs_decoding(q: Tensor, cu_seqlens: Tensor | None) -> str | None:
     if q.shape[2] > DECODE_QUERIES:
         return f"a sequence has {q.shape[2]} queries; the kernel is for decoding, up to {DECODE_QUERIES}"
     if q.shape[3] not in DECODE_HEAD_SIZES:
@@ -51,18 +50,16 @@ def _needs_head_size(q: Tensor) -> str | None:
 
 
 RULES = {
-    "cuda": lambda q, k, cu, mask, form: (
-        _needs_16_bits(q) or _needs_few_queries(q, cu) or backends.needs_cuda_module(q)
-    ),
-    "triton": lambda q, k, cu, mask, form: _needs_16_bits(q) or _needs_head_size(q) or backends.needs_triton(q),
+    "cuda": lambda q, cu: _needs_16_bits(q) or _needs_decoding(q, cu) or backends.needs_cuda_module(q),
+    "triton": lambda q, cu: _needs_16_bits(q) or _needs_head_size(q) or backends.needs_triton(q),
     "eager": backends.always,
 }
 
 
-def choose(q, k, cu_seqlens, mask, form: Form, training: bool, backend: str | None, rules=RULES) -> str:
+def choose(q: Tensor, cu_seqlens: Tensor | None, training: bool, backend: str | None, rules=RULES) -> str:
     """The backend's name."""
     order = backends.preferred(TABLE, q, q.shape[2], "dense", training) if q.is_cuda else None
-    return backends.choose("prefix_attention", rules, q, k, cu_seqlens, mask, form, backend=backend, order=order)
+    return backends.choose("prefix_attention", rules, q, cu_seqlens, backend=backend, order=order)
 
 
 class Cuda:
@@ -78,19 +75,19 @@ class Cuda:
         prefix_k, prefix_v = (_in_vectors(t.to(q.dtype).contiguous()) for t in (prefix_k, prefix_v))
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         sizes = dict(B=B, H=H, Hkv=Hkv, L=S, T=T, P=P, D=D)
-        tensors = dict(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, lengths=None, mask=mask, out=out, lse=lse)
-        addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-        strides = dict(q_stride=q.stride()[:3], k_stride=k.stride()[:3], v_stride=v.stride()[:3])
-        numbers = dict(causal=form.causal, scale=form.scale, window=form.window or 0, softcap=form.softcap or 0.0)
-        module = _native.cuda
+        tensors = dict(q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, mask=mask, out=out, lse=lse)
+        native = _native.cuda
         with _native.stream_on(q.device) as stream:
-            bytes = module.prefix_attention_decode_workspace_bytes(**sizes)
-            workspace = torch.empty(bytes, dtype=torch.uint8, device=q.device)
-            module.prefix_attention_decode(
-                **addresses,
-                **strides,
-                **numbers,
+            workspace_bytes = native.prefix_attention_decode_workspace_bytes(**sizes)
+            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=q.device)
+            native.prefix_attention_decode(
+                **{name: 0 if t is None else t.data_ptr() for name, t in tensors.items()},
+                **{f"{name}_stride": tensors[name].stride()[:3] for name in ("q", "k", "v")},
                 **sizes,
+                causal=form.causal,
+                scale=form.scale,
+                window=form.window or 0,
+                softcap=form.softcap or 0.0,
                 dtype=native_dtype(q.dtype),
                 workspace=workspace.data_ptr(),
                 stream=stream,
@@ -116,45 +113,45 @@ class Triton:
 
     @staticmethod
     def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> tuple[Tensor, Tensor]:
+        if q.numel() == 0:
+            return _outputs(q)
         prefix = [t.to(q.dtype).contiguous() for t in (prefix_k, prefix_v)]
-        if q.numel() > 0 and eager._flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+        if eager._flash_serves(q, k, cu_seqlens, key_padding_mask, form):
             out, lse = eager._torch_flash(q, k, v, cu_seqlens, key_padding_mask, form)
             out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
             with _native.stream_on(q.device):
                 _triton().prefix_attention_merge(_by_rows(q), *prefix, cu_seqlens, k.shape[2], form, out, lse)
             return out, lse
         out, lse = _outputs(q)
-        if q.numel() > 0:
-            q, k, v = (_by_rows(t) for t in (q, k, v))
-            masks = cu_seqlens, _as_bytes(key_padding_mask), form
-            with _native.stream_on(q.device):
-                _triton().prefix_attention_fwd(q, k, v, *prefix, *masks, out, lse)
+        q, k, v = (_by_rows(t) for t in (q, k, v))
+        with _native.stream_on(q.device):
+            _triton().prefix_attention_fwd(q, k, v, *prefix, cu_seqlens, _as_bytes(key_padding_mask), form, out, lse)
         return out, lse
 
     @staticmethod
     def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, out, lse, form) -> list[Tensor]:
         if q.numel() == 0:
-            return eager.backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, out, lse, form)
+            return [torch.zeros_like(t) for t in (q, k, v, prefix_k, prefix_v)]
         prefix = [t.to(q.dtype).contiguous() for t in (prefix_k, prefix_v)]
-        dprefix = torch.empty((2, *prefix_k.shape), dtype=torch.float32, device=q.device)
-        delta, keys = torch.empty_like(lse), k.shape[2]
+        dprefix = [torch.empty(t.shape, dtype=torch.float32, device=q.device) for t in prefix]
+        delta, keys, flash = torch.empty_like(lse), k.shape[2], None
         if eager._flash_serves(q, k, cu_seqlens, key_padding_mask, form):
-            dq, dk, dv = eager._torch_flash_backward(dout, q, k, v, cu_seqlens, key_padding_mask, form, out, lse)
-            dq = _by_rows(dq)
-            dout, q = _by_rows(dout), _by_rows(q)
-            with _native.stream_on(q.device):
-                _triton().prefix_attention_add_dq(dout, q, *prefix, cu_seqlens, keys, form, out, lse, delta, dq)
-                _triton().prefix_attention_dprefix(dout, q, *prefix, cu_seqlens, keys, form, lse, delta, dprefix)
-            return [dq, dk, dv, *dprefix]
+            flash = eager._torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
         dout, q, k, v = (_by_rows(t) for t in (dout, q, k, v))
-        masks = cu_seqlens, _as_bytes(key_padding_mask), form
-        dq, dkv = torch.empty_like(out), torch.empty((2, *k.shape), dtype=q.dtype, device=q.device)
+        kernels = _triton()
         with _native.stream_on(q.device):
-            _triton().prefix_attention_dq(dout, q, k, v, *prefix, *masks, out, lse, delta, dq)
-            if keys > 0:
-                _triton().prefix_attention_dkv(dout, q, k, v, prefix[0], *masks, lse, delta, dkv)
-            _triton().prefix_attention_dprefix(dout, q, *prefix, cu_seqlens, keys, form, lse, delta, dprefix)
-        return [dq, *dkv, *dprefix]
+            if flash is not None:
+                dq, dk, dv = flash
+                dq = _by_rows(dq)
+                kernels.prefix_attention_add_dq(dout, q, *prefix, cu_seqlens, keys, form, out, lse, delta, dq)
+            else:
+                dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+                masks = cu_seqlens, _as_bytes(key_padding_mask), form
+                kernels.prefix_attention_dq(dout, q, k, v, *prefix, *masks, out, lse, delta, dq)
+                if keys > 0:
+                    kernels.prefix_attention_dkv(dout, q, k, v, prefix[0], *masks, lse, delta, dk, dv)
+            kernels.prefix_attention_dprefix(dout, q, *prefix, cu_seqlens, keys, form, lse, delta, *dprefix)
+        return [dq, dk, dv, *dprefix]
 
 
 def _triton():

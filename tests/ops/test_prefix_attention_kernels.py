@@ -107,11 +107,12 @@ def run_triton(tensors, form, cu_seqlens=None, mask=None):
     kernels, bytes = triton(), None if mask is None else mask.view(torch.uint8)
     out, dq = empty(q.shape, q.dtype, q.device), empty(q.shape, q.dtype, q.device)
     lse, delta = empty(q.shape[:3], FP32, q.device), empty(q.shape[:3], FP32, q.device)
-    dkv, dprefix = empty((2, *k.shape), q.dtype, q.device), empty((2, *prefix[0].shape), FP32, q.device)
+    dkv = [torch.full_like(t, torch.nan) for t in (k, v)]
+    dprefix = [empty(t.shape, FP32, q.device) for t in prefix]
     kernels.prefix_attention_fwd(*inputs, cu_seqlens, bytes, form, out, lse)
     kernels.prefix_attention_dq(dout, *inputs, cu_seqlens, bytes, form, out, lse, delta, dq)
-    kernels.prefix_attention_dkv(dout, q, k, v, prefix[0], cu_seqlens, bytes, form, lse, delta, dkv)
-    kernels.prefix_attention_dprefix(dout, q, *prefix, cu_seqlens, k.shape[2], form, lse, delta, dprefix)
+    kernels.prefix_attention_dkv(dout, q, k, v, prefix[0], cu_seqlens, bytes, form, lse, delta, *dkv)
+    kernels.prefix_attention_dprefix(dout, q, *prefix, cu_seqlens, k.shape[2], form, lse, delta, *dprefix)
     return [out, dq, *dkv, *dprefix], lse
 
 
@@ -268,9 +269,9 @@ def test_triton_beside_another_kernel(backend, options):
     out, lse = out.to(BF16).to(device), lse.float().to(device)
     triton().prefix_attention_merge(q, *prefix, cu, S, form, out, lse)
     dq = real_part([*tensors, out, lse], form, cu).to(BF16).to(device)
-    delta, dprefix = empty(lse.shape, FP32, device), empty((2, *prefix[0].shape), FP32, device)
+    delta, *dprefix = (empty(t.shape, FP32, device) for t in (lse, *prefix))
     triton().prefix_attention_add_dq(dout, q, *prefix, cu, S, form, out, lse, delta, dq)
-    triton().prefix_attention_dprefix(dout, q, *prefix, cu, S, form, lse, delta, dprefix)
+    triton().prefix_attention_dprefix(dout, q, *prefix, cu, S, form, lse, delta, *dprefix)
 
     plain, exact = formula(tensors, form, cu), formula(tensors, form, cu, dtype=FP64)
     names = ("out", "dq", "dprefix_k", "dprefix_v")
@@ -296,7 +297,7 @@ def test_triton_takes_the_prefix_in_where_nothing_else_was_seen(backend):
 GUARD = 64  # elements on both sides of what a kernel may write
 
 
-def run_decode(tensors, form, lengths=None, mask=None):
+def run_decode(tensors, form, mask=None):
     """out [B, H, L, D] and lse, by the native kernels; nothing is written beside them."""
     q, k, v, *prefix = tensors[:5]
     (B, H, L, D), (_, Hkv, T, _), P, device = q.shape, k.shape, prefix[0].shape[1], q.device
@@ -310,7 +311,7 @@ def run_decode(tensors, form, lengths=None, mask=None):
     with _native.stream_on(device) as stream:
         workspace = memory(_native.cuda.prefix_attention_decode_workspace_bytes(**sizes) // 4, FP32)
         out, lse = memory(B * L * H * D, q.dtype), memory(B * H * L, FP32)
-        pointers = dict(q=q, k=k, v=v, prefix_k=prefix[0], prefix_v=prefix[1], lengths=lengths, mask=mask)
+        pointers = dict(q=q, k=k, v=v, prefix_k=prefix[0], prefix_v=prefix[1], mask=mask)
         pointers |= dict(out=out, lse=lse, workspace=workspace)
         _native.cuda.prefix_attention_decode(
             **{name: 0 if t is None else t.data_ptr() for name, t in pointers.items()},
@@ -328,22 +329,18 @@ def run_decode(tensors, form, lengths=None, mask=None):
     return out.view(B, L, H, D).transpose(1, 2).clone(), lse.view(B, H, L).clone()
 
 
-def check_decode(backend, B, H, Hkv, L, T, P, D, dtype=BF16, lengths=None, mask=None, logits=1.0, sms=4, **form):
-    """Against the formula, of each sequence with its own length; the same bits in another order of threads."""
+def check_decode(backend, B, H, Hkv, L, T, P, D, dtype=BF16, mask=None, logits=1.0, sms=4, **form):
+    """Against the formula; the same bits in another order of threads."""
     tensors, form = problem(B, H, Hkv, L, T, P, D, dtype, backend.device, logits), form_of(D, **form)
-    on_device = [None if t is None else t.to(backend.device) for t in (lengths, mask)]
+    mask = None if mask is None else mask.to(backend.device)
     results = []
     for seed, copies in ((1, "lazy"), (2, "eager")):
         if backend.device == "cpu":
             emulation().configure(order="random", seed=seed, cp_async=copies, sms=sms)
-        results.append(run_decode(tensors, form, *on_device))
+        results.append(run_decode(tensors, form, mask))
     assert all(map(torch.equal, *results))
     out, lse = results[0]
-    for b in range(B):
-        n = T if lengths is None else int(lengths[b])
-        q, k, v, *rest = tensors
-        sequence = [q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], *rest[:2], rest[2][b : b + 1]]
-        check([out[b : b + 1]], lse[b : b + 1], sequence, form, mask=None if mask is None else mask[b : b + 1])
+    check([out], lse, tensors, form, mask=mask)
     return out, lse
 
 
@@ -368,13 +365,12 @@ def test_decode_over_keys(backend, P, T):
         check_decode(backend, 2, 2, 1, 1, T, P, 64, sms=sms, causal=T > 0)
 
 
+@pytest.mark.parametrize("window", (1, 6, 40, 71, 89))
 @CUDA
-def test_decode_with_lengths(backend):
-    lengths = torch.tensor([70, 0, 5, 64], dtype=torch.int32)
-    check_decode(backend, 4, 2, 1, 1, 70, 20, 64, lengths=lengths)
-    for window in (1, 6, 40):
-        check_decode(backend, 4, 8, 1, 1, 70, 20, 64, lengths=lengths, window=window)
-    check_decode(backend, 3, 2, 1, 5, 70, 20, 64, lengths=lengths[[0, 2, 3]])
+def test_decode_with_a_window(backend, window):
+    """Some own keys; all of them and one slot; all but one slot."""
+    check_decode(backend, 4, 8, 1, 1, 70, 20, 64, window=window)
+    check_decode(backend, 2, 2, 1, 5, 70, 20, 64, window=window)
 
 
 @pytest.mark.parametrize("kind", ("left", "right", "holes"))

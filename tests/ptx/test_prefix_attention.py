@@ -31,7 +31,6 @@ def decode(csrc, B, H, L, T, P, D, dtype, softcap=None):
         v=v,
         prefix_k=prefix_k,
         prefix_v=prefix_v,
-        lengths=None,
         mask=mask,
         out=out,
         lse=lse,

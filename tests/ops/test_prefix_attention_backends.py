@@ -77,7 +77,7 @@ def test_parity_for_views(backend):
 
 @KERNELS
 def test_no_rows_and_no_keys(backend):
-    for shape in ({"B": 0}, {"S": 0}):
+    for shape in ({"S": 3, "B": 0}, {"S": 0}):
         tensors = [t.to(backend.device) for t in small(**shape)]
         got = run(ops.prefix_attention, tensors, backend=backend.name)
         assert got["out"].shape == tensors[0].shape and (got["dprefix_k"] == 0).all()
@@ -127,8 +127,9 @@ def test_decoding_copies_neither_cache_nor_prefix(backend):
     caches = [torch.zeros(B, 1, 2 * T, 64, dtype=BF16, device=backend.device) for _ in range(2)]
     for cache, t in zip(caches, (k, v), strict=True):
         cache[:, :, :T] = t
+    views = [cache[:, :, :T] for cache in caches]
     with Largest() as largest:
-        out = ops.prefix_attention(q, *(cache[:, :, :T] for cache in caches), *prefix, backend=backend.name)
+        out = ops.prefix_attention(q, *views, *prefix, backend=backend.name)
     assert torch.equal(out, ops.prefix_attention(q, k, v, *prefix, backend=backend.name))
     assert largest.elements < B * T * 64
 

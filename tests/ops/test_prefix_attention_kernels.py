@@ -126,17 +126,20 @@ def check_triton(
     return tensors, actual
 
 
-# Each length of a prefix and each of a sequence, in and around the sizes of tiles; S < P, and groups of 1, 4 and 8.
-SHAPES = (
-    *((1, 63, 4, 1), (7, 1, 8, 1), (16, 127, 2, 2), (20, 63, 4, 1), (31, 1, 1, 1), (33, 300, 1, 1), (64, 63, 2, 2)),
-    *((127, 1, 4, 2), (128, 127, 1, 1), (129, 63, 4, 4), (600, 63, 1, 1)),
-)
+# In and around the sizes of tiles; S < P.
+PREFIXES, LENGTHS = (1, 7, 16, 20, 31, 33, 64, 127, 128, 129, 600), (1, 63, 127, 300)
 
 
-@pytest.mark.parametrize("P,S,H,Hkv", SHAPES)
+@pytest.mark.parametrize("P,S", [*itertools.product(PREFIXES, LENGTHS[:3]), (1, 300), (31, 300), (129, 300)])
 @TRITON
-def test_triton_over_shapes(backend, P, S, H, Hkv):
-    check_triton(backend, 2 if S < 300 else 1, H, Hkv, S, S, P, 64, dtype=FP16 if P % 2 else BF16)
+def test_triton_over_lengths(backend, P, S):
+    check_triton(backend, 1, 1, 1, S, S, P, 64, dtype=FP16 if P % 2 else BF16)
+
+
+@pytest.mark.parametrize("H,Hkv", [(2, 2), (4, 1), (8, 1), (8, 2)])
+@TRITON
+def test_triton_over_groups(backend, H, Hkv):
+    check_triton(backend, 2, H, Hkv, 20, 20, 17, 64)
 
 
 @pytest.mark.parametrize("D", (80, 96, 128, 256))
@@ -358,7 +361,8 @@ def test_decode_over_queries_and_groups(backend, L, H, Hkv, B):
     check_decode(backend, B, H, Hkv, L, 33, 65, 64)
 
 
-@pytest.mark.parametrize("P,T", [(1, 63), (7, 1), (31, 64), (64, 65), (129, 300), (600, 127), (600, 1), (33, 0)])
+@pytest.mark.parametrize("T", (0, *LENGTHS))
+@pytest.mark.parametrize("P", PREFIXES)
 @CUDA
 def test_decode_over_keys(backend, P, T):
     for sms in (1, 16):  # few splits, many splits

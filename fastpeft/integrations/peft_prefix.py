@@ -1,4 +1,4 @@
-"""peft's prefix tuning with the prefix beside the keys instead of in a cache; what `accelerate` makes of such a model."""
+"""peft's prefix tuning with the prefix beside the keys instead of in a cache: what `accelerate` makes of it."""
 
 from __future__ import annotations
 
@@ -160,9 +160,9 @@ class _PrefixTuned:
 
     def load_adapter(self, model_id, adapter_name, *args, **kwargs):
         """As peft's; an MLP that is here already gets its own parameters back, so that training can be resumed."""
-        if adapter_name in self.peft_config and self._has_mlp(adapter_name):
-            if load_encoder(self.prompt_encoder[adapter_name], Path(model_id)):
-                return _IncompatibleKeys([], [])
+        here = adapter_name in self.peft_config and self._has_mlp(adapter_name)
+        if here and load_encoder(self.prompt_encoder[adapter_name], Path(model_id)):
+            return _IncompatibleKeys([], [])
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
 
     def _has_mlp(self, adapter: str) -> bool:

@@ -199,7 +199,8 @@ def _written_out(
             row = torch.arange(S, device=query.device).unsqueeze(1) + prefix.past + P
             visible = row - torch.arange(P, device=query.device) < window
             if mask.dtype != torch.bool:
-                visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill_(~visible, torch.finfo(mask.dtype).min)
+                hidden = ~visible
+                visible = torch.zeros_like(hidden, dtype=mask.dtype).masked_fill_(hidden, torch.finfo(mask.dtype).min)
             mask = torch.cat([visible.expand(*mask.shape[:2], -1, -1), mask], 3)
         elif mask is not None:
             mask = pad(mask, (P, 0), value=True if mask.dtype == torch.bool else 0.0)
@@ -226,7 +227,7 @@ def _written_out_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: b
     visible = None
     if causal and S > 1:
         visible = (column <= row)[None, None]
-    if causal and window is not None and T > window:
+    if causal and window is not None and window < T:
         near = (row - column < window)[None, None]
         visible = near if visible is None else visible & near
     if mask is not None:

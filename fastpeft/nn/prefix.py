@@ -18,9 +18,9 @@ _ENCODER = "prefix_encoder.safetensors"
 class PrefixEncoder(nn.Module):
     """A prefix's keys and values for each layer: parameters themselves (flat), or made by an MLP (P-Tuning v2).
 
-    layers, heads, head_dim: of the attention's keys. P: positions that the prefix takes. hidden: None for the flat form;
-    else the width of the MLP `embedding [P, heads * head_dim] -> linear -> tanh -> linear`, which is evaluated once a
-    call, not for every sample. dtype: of the parameters; float32 keeps small updates.
+    layers, heads, head_dim: of the attention's keys. P: positions that the prefix takes. hidden: None for the flat
+    form; else the width of the MLP `embedding [P, heads * head_dim] -> linear -> tanh -> linear`, which is evaluated
+    once a call, not for every sample. dtype: of the parameters; float32 keeps small updates.
 
     Parameters have the names, shapes and initial distribution of peft's encoder. Raises ValueError for sizes below 1.
     Source: Li and Liang, "Prefix-Tuning", 2021; Liu et al., "P-Tuning v2", 2021 (https://arxiv.org/abs/2110.07602).

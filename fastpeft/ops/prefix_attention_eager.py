@@ -2,8 +2,8 @@
 
 Flash: torch's own op attends over the real keys and returns the log-sum-exp; the prefix is a small product beside it,
 and both are merged in float32. In backward torch's op gets the merged output and log-sum-exp, so that its gradients are
-those of the joint softmax. Blocks: where torch's op cannot (padding, windows, softcap) or is slower. A block of query
-rows has the scores of prefix and real keys side by side in one buffer, so that one softmax serves both.
+those of the joint softmax. Blocks: where torch's op cannot (padding, windows, softcap) or is slower, as on a CPU. A
+block of query rows has the scores of prefix and real keys side by side in one buffer, so that one softmax serves both.
 
 No tensor of S x (P + T) elements is made: temporaries are bounded by `_BLOCK_ELEMENTS`, or by 32 rows of scores.
 """
@@ -23,8 +23,9 @@ aten = torch.ops.aten
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 _LEAST_ROWS = 32
 
-# From so many keys on torch's flash attention is as fast on a CPU as blocks; see benchmarks/prefix_attention.py.
-_FLASH_FROM_KEYS_ON_CPU = 1024
+# Where torch's flash attention is the faster way for many queries. On a CPU blocks are, or are as fast, from 64 to 4096
+# tokens (measured, AVX512-BF16); there its forward serves single queries.
+_FLASH_DEVICES = ("cuda",)
 # Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -64,7 +65,7 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
         _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
-            real = [t[:, :, i] for t in (dout, q, k, v, out, lse)]
+            real = [t[:, :, i] for t in (dout, q, k, v)]
             into = [t[:, :, i] for t in (dq, dk, dv)]
             _block_backward(*real, prefix_k, prefix_v, key_padding_mask, form, [*into, *dprefix])
     return grads
@@ -93,21 +94,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.to(wide), b.to(wide))
 
 
-def _product_dtype(t: Tensor, form: Form) -> torch.dtype:
-    """In which dtype a block's rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it,
-    or where scores are needed before anything is subtracted from them."""
-    slow = t.device.type == "cpu" and (
+def _product_dtype(t: Tensor) -> torch.dtype:
+    """In which dtype rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it."""
+    lacks = t.device.type == "cpu" and (
         (t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
         or (t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
     )
-    return _wide(t.dtype) if slow or form.softcap is not None else t.dtype
+    return torch.float32 if lacks else t.dtype
 
 
-# A float32 is the sum of three bfloat16.
-_PARTS = 3
-
-# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i. The heads that share
-# a key take turns in the rows of its scores: row i of head g is row i * G + g, so that a block of rows is a slice.
+# Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i. The G heads that
+# share a key take turns in the rows of its scores, i * G + g for row i of head g, so that a block of rows is a slice.
 
 
 class _Block(NamedTuple):
@@ -143,14 +140,13 @@ def _plan(q: Tensor, k: Tensor, P: int, form: Form) -> _Plan:
     return _Plan([slice(b, min(b + together, B)) for b in range(0, B, together)], blocks, P, T, S, H // Hkv)
 
 
-def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype, ones: int = 0) -> Tensor:
-    """[n * Hkv, P + T, D + ones] in `dtype`: the prefix before each of n sequences, and columns of ones."""
+def _joined(prefix: Tensor, real: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n * Hkv, P + T, D] in `dtype`: the prefix before each of n sequences."""
     (n, Hkv, T, D), P = real.shape, prefix.shape[1]
-    joined = torch.empty(n, Hkv, P + T, D + ones, dtype=dtype, device=real.device)
-    joined[:, :, :P, :D] = prefix
-    joined[:, :, P:, :D] = real
-    joined[..., D:] = 1
-    return joined.view(n * Hkv, P + T, D + ones)
+    joined = torch.empty(n, Hkv, P + T, D, dtype=dtype, device=real.device)
+    joined[:, :, :P] = prefix
+    joined[:, :, P:] = real
+    return joined.flatten(0, 1)
 
 
 def _by_rows(t: Tensor, G: int) -> Tensor:
@@ -158,21 +154,10 @@ def _by_rows(t: Tensor, G: int) -> Tensor:
     return t.unflatten(1, (-1, G)).transpose(2, 3)
 
 
-def _stacked(t: Tensor, G: int, dtype: torch.dtype, minus: Tensor | None = None) -> Tensor:
-    """[n, H, S, C] -> [n * Hkv, S * G, C] in `dtype`.
-
-    minus: [n, H, S] float32; `_PARTS` more columns, whose product with columns of ones subtracts it.
-    """
-    view, C = _by_rows(t, G), t.shape[3]
-    n, Hkv, S = view.shape[:3]
-    stacked = torch.empty(n, Hkv, S, G, C if minus is None else C + _PARTS, dtype=dtype, device=t.device)
-    stacked[..., :C] = view
-    if minus is not None:
-        rest = -_by_rows(minus.unsqueeze(-1), G).squeeze(-1)
-        for part in range(C, C + _PARTS):
-            stacked[..., part] = rest
-            rest = rest - stacked[..., part]
-    return stacked.view(n * Hkv, S * G, -1)
+def _stacked(t: Tensor, G: int, dtype: torch.dtype) -> Tensor:
+    """[n, H, S, C] -> [n * Hkv, S * G, C] in `dtype`."""
+    view = _by_rows(t, G)
+    return torch.empty(view.shape, dtype=dtype, device=t.device).copy_(view).flatten(2, 3).flatten(0, 1)
 
 
 def _put(rows: Tensor, into: Tensor, G: int) -> None:
@@ -185,7 +170,7 @@ def _scores(queries: Tensor, keys: Tensor, block: _Block, plan: _Plan, hidden: T
     """[n * Hkv, rows * G, columns]; -inf where a row does not see a column. hidden: [n, T], True hides a real key."""
     P, T, S, G = plan[2:]
     rows, columns = block
-    scores = torch.bmm(queries[:, rows.start * G : rows.stop * G], keys[:, columns].transpose(1, 2))
+    scores = torch.bmm(queries[:, rows.start * G : rows.stop * G], keys[:, columns].transpose(1, 2)).mul_(form.scale)
     if form.softcap is not None:
         scores.div_(form.softcap).tanh_().mul_(form.softcap)
     first = P + T - S + rows.start  # where the first row stands
@@ -204,19 +189,22 @@ def _scores(queries: Tensor, keys: Tensor, block: _Block, plan: _Plan, hidden: T
     return scores
 
 
+def _weights(scores: Tensor, may_be_empty: bool) -> Tensor:
+    weights = torch.softmax(scores, -1)
+    return weights.nan_to_num_(0.0) if may_be_empty else weights
+
+
 def _block_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
     plan = _plan(q, k, prefix_k.shape[1], form)
-    wide, low, G = _wide(q.dtype), _product_dtype(q, form), plan.G
+    wide, low, G = _wide(q.dtype), _product_dtype(q), plan.G
     may_be_empty = mask is not None and form.window is not None  # else a row sees the prefix or itself
     for batch in plan.batches:
         keys, values = _joined(prefix_k, k[batch], wide), _joined(prefix_v, v[batch], low)
-        queries = _stacked(q[batch], G, wide).mul_(form.scale)
+        queries = _stacked(q[batch], G, wide)
         hidden = None if mask is None else ~mask[batch]
         for block in plan.blocks:
             scores = _scores(queries, keys, block, plan, hidden, form)
-            weights = torch.softmax(scores, -1)
-            if may_be_empty:
-                weights.nan_to_num_(0.0)
+            weights = _weights(scores, may_be_empty)
             _put(torch.bmm(weights.to(low), values[:, block.columns]), out[batch, :, block.rows], G)
             # The weight of the largest score is exp(largest - lse).
             block_lse = scores.amax(-1, keepdim=True).sub_(weights.amax(-1, keepdim=True).log_())
@@ -225,48 +213,33 @@ def _block_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
             _put(block_lse, lse[batch, :, block.rows].unsqueeze(-1), G)
 
 
-def _block_backward(dout, q, k, v, out, lse, prefix_k, prefix_v, mask, form, grads) -> None:
+def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> None:
     dq, dk, dv, dprefix_k, dprefix_v = grads
     plan, (D, Hkv) = _plan(q, k, prefix_k.shape[1], form), (q.shape[3], k.shape[1])
-    wide, low, G, P = _wide(q.dtype), _product_dtype(q, form), plan.G, plan.P
-    rounds = low != wide
-    if rounds:
-        delta = (dout.to(wide) * out).sum(-1)
-        lse = lse.masked_fill(lse == float("-inf"), 0)  # every column of such a row is hidden anyway
+    wide, low, G, P = _wide(q.dtype), _product_dtype(q), plan.G, plan.P
     may_be_empty = mask is not None and form.window is not None
     for batch in plan.batches:
-        ones = _PARTS if rounds else 0
-        keys, values = (_joined(*pair, low, ones) for pair in ((prefix_k, k[batch]), (prefix_v, v[batch])))
-        queries = _stacked(q[batch], G, low, lse[batch] if rounds else None)
-        queries[..., :D] *= form.scale
-        douts = _stacked(dout[batch], G, low, delta[batch] if rounds else None)
+        keys, values = _joined(prefix_k, k[batch], low), _joined(prefix_v, v[batch], wide)
+        queries, douts = _stacked(q[batch], G, low), _stacked(dout[batch], G, low)
+        wide_keys, wide_queries, wide_douts = (t.to(wide) for t in (keys, queries, douts))
         hidden = None if mask is None else ~mask[batch]
-        dkeys, dvalues = (torch.zeros(len(t), P + plan.T, D, dtype=wide, device=q.device) for t in (keys, values))
+        dkeys, dvalues = torch.zeros_like(wide_keys), torch.zeros_like(values)
         for block in plan.blocks:
             columns, rows = block.columns, slice(block.rows.start * G, block.rows.stop * G)
-            scores = _scores(queries, keys, block, plan, hidden, form)
-            dweights = torch.bmm(douts[:, rows], values[:, columns].transpose(1, 2))
-            if rounds:
-                # exp(score - lse), and its product with (dweight - delta). Both differences come out of the products
-                # above, by more columns of their operands, and so are rounded after the subtraction: else a rounding
-                # error of a large score would be one of its weight.
-                weights = scores.exp_()
-                dscores = dweights.mul_(weights)
-            else:
-                weights = torch.softmax(scores, -1)
-                if may_be_empty:
-                    weights.nan_to_num_(0.0)
-                dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
-                if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
-                    dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
-            _put(torch.bmm(dscores, keys[:, columns, :D]), dq[batch, :, block.rows], G)
-            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries[:, rows, :D])
-            dvalues[:, columns] += torch.bmm(weights.transpose(1, 2), douts[:, rows, :D])
-        dkeys, dvalues = dkeys.view(-1, Hkv, P + plan.T, D), dvalues.view(-1, Hkv, P + plan.T, D)
+            scores = _scores(wide_queries, wide_keys, block, plan, hidden, form)
+            weights = _weights(scores, may_be_empty)
+            dweights = torch.bmm(wide_douts[:, rows], values[:, columns].transpose(1, 2))
+            dscores = aten._softmax_backward_data(dweights, weights, -1, wide)
+            if form.softcap is not None:  # the derivative of c tanh(s / c); a hidden score has no gradient at all
+                dscores.mul_(scores.div_(form.softcap).square_().neg_().add_(1).clamp_(min=0))
+            dscores, weights = dscores.to(low), weights.to(low)
+            _put(torch.bmm(dscores, keys[:, columns]).mul_(form.scale), dq[batch, :, block.rows], G)
+            dkeys[:, columns] += torch.bmm(dscores.transpose(1, 2), queries[:, rows])
+            dvalues[:, columns] += torch.bmm(weights.transpose(1, 2), douts[:, rows])
+        dkeys, dvalues = (t.view(-1, Hkv, P + plan.T, D) for t in (dkeys.mul_(form.scale), dvalues))
         dk[batch], dv[batch] = dkeys[:, :, P:], dvalues[:, :, P:]
         dprefix_k += dkeys[:, :, :P].sum(0)
         dprefix_v += dvalues[:, :, :P].sum(0)
-    dq *= form.scale
 
 
 # Flash
@@ -277,11 +250,11 @@ def _flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
     S, T, D = q.shape[2], k.shape[2], q.shape[3]
     if form.softcap is not None or form.window is not None or (form.causal and S not in (1, T)):
         return False
-    if mask is not None or q.dtype not in _FLASH_DTYPES:
+    if mask is not None or q.dtype not in _FLASH_DTYPES or q.device.type not in _FLASH_DEVICES:
         return False
-    if q.device.type == "cpu":
-        return cu_seqlens is None and T >= _FLASH_FROM_KEYS_ON_CPU and S > 1
-    return q.is_cuda and D % 8 == 0 and D <= 256 and _has_flash(q.device)
+    if q.is_cuda:
+        return D % 8 == 0 and D <= 256 and _has_flash(q.device)
+    return cu_seqlens is None and S > 1
 
 
 def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:

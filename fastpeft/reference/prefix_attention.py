@@ -28,9 +28,7 @@ def prefix_attention(
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         documents = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
-        parts = [
-            prefix_attention(q[:, :, d], k[:, :, d], v[:, :, d], prefix_k, prefix_v, **options) for d in documents
-        ]
+        parts = [prefix_attention(q[:, :, d], k[:, :, d], v[:, :, d], prefix_k, prefix_v, **options) for d in documents]
         return torch.cat(parts, 2)
 
     (B, H, S, D), (_, Hkv, T, _), P = q.shape, k.shape, prefix_k.shape[1]

@@ -54,7 +54,8 @@ def test_an_encoder_comes_back_with_its_mlp(hidden, tmp_path):
 
 def test_a_prefix_of_peft_is_loaded_flat(tmp_path):
     """peft keeps what its MLP makes, not the MLP."""
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=9)
+    options = {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 9}
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(llama(), config)
     model.save_pretrained(tmp_path)
     loaded = PrefixEncoder.load(tmp_path)

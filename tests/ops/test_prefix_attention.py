@@ -17,7 +17,7 @@ NAMES = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
 @pytest.fixture(params=("blocks", "flash"))
 def form(request, monkeypatch):
     """Both forms of the eager backend on a CPU, whatever the sizes; small blocks, so that there are several."""
-    monkeypatch.setattr(eager, "_FLASH_FROM_KEYS_ON_CPU", 1 if request.param == "flash" else 2**62)
+    monkeypatch.setattr(eager, "_FLASH_DEVICES", ("cpu", "cuda") if request.param == "flash" else ())
     monkeypatch.setattr(eager, "_FLASH_DTYPES", (BF16, FP16, FP64))  # float64 for gradcheck
     monkeypatch.setitem(eager._BLOCK_ELEMENTS, "cpu", 2**12)
     monkeypatch.setattr(eager, "_LEAST_ROWS", 8)
@@ -164,7 +164,7 @@ def test_no_rows(backend):
 
 def test_parity_for_views(form):
     """Contiguous and transposed inputs, rows of a wider tensor, an expanded gradient."""
-    q, k, v, prefix_k, prefix_v, dout = problem(2, 4, 2, 33, D=16)
+    q, k, v, prefix_k, prefix_v, dout = problem(2, 4, 2, 33)
     wide = torch.randn(2, 33, 3, 4, 35)
     check([wide[:, :, 1, :, 3:].transpose(1, 2), k.contiguous(), v, prefix_k, prefix_v, dout])
     check([q, k, v, torch.randn(7, 2, 32).transpose(0, 1), prefix_v, dout.contiguous()])
@@ -200,11 +200,11 @@ def test_no_tensor_of_queries_times_keys(options, monkeypatch):
     S, D, P = 2048, 16, 40
     options = {name: padding(1, S, o) if o == "left" else o for name, o in options.items()}
     tensors = problem(1, 2, 1, S, D=D, P=P, dtype=BF16)
-    for flash_from in (1, 2**62):
-        monkeypatch.setattr(eager, "_FLASH_FROM_KEYS_ON_CPU", flash_from)
+    for flash in (("cpu",), ()):
+        monkeypatch.setattr(eager, "_FLASH_DEVICES", flash)
         with Largest() as largest:
             run(ops.prefix_attention, tensors, **options)
-        assert 2 * S * D <= largest.elements < S * (P + S) / 4, flash_from
+        assert 2 * S * D <= largest.elements < S * (P + S) / 4, flash
     with Largest() as largest:
         run(reference, tensors, **options)
     assert largest.elements >= S * (P + S)  # the test can see what it forbids

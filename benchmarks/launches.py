@@ -128,11 +128,11 @@ def _lora_weight(weight, dtype, N, K, **_) -> Tensor | tuple:
 
 
 def _prefix_attention(kernels) -> Launches:
-    # Head sizes choose the tile; 80 and 96 leave columns of it empty. "light" is a causal attention as most models have
-    # it, "heavy" all that takes registers, and "packed" the bounds of documents.
+    # Head sizes choose the tile; 96 leaves columns of it empty. "light" is a causal attention as most models have it,
+    # "heavy" all that takes registers, and "packed" the bounds of documents.
     cases = [("light", dict(D=D, dtype="bf16")) for D in (64, 128, 256)]
-    cases += [("heavy", dict(D=D, dtype="fp16")) for D in (128, 256)]
-    cases += [("packed", dict(D=96, dtype="bf16")), ("packed full", dict(D=80, dtype="bf16"))]
+    cases += [("heavy", dict(D=D, dtype="fp16")) for D in (64, 128, 256)]
+    cases += [("packed", dict(D=96, dtype="bf16")), ("packed full", dict(D=128, dtype="bf16"))]
     for extras, shape in cases:
         q, k, row, prefix, cu_seqlens, mask, form = _attention(extras, **shape)
         case = f"{extras} {_case(**shape)}"

@@ -290,8 +290,8 @@ SUBJECTS = (
             shapes=TRAINING_ATTENTIONS,
         )
         for name, rows, slots, cost in (
-            ("fwd", 128, True, lambda N, K: costs.prefix_attention(8, S=N, T=N, P=K, **_HEADS)),
-            ("dq", 128, True, lambda N, K: costs.prefix_attention_dq(8, S=N, T=N, P=K, **_HEADS)),
+            ("fwd", 64, True, lambda N, K: costs.prefix_attention(8, S=N, T=N, P=K, **_HEADS)),
+            ("dq", 64, True, lambda N, K: costs.prefix_attention_dq(8, S=N, T=N, P=K, **_HEADS)),
             ("dkv", 64, False, lambda N, K: costs.prefix_attention_dkv(8, S=N, T=N, **_HEADS)),
         )
     ),

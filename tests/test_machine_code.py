@@ -183,7 +183,7 @@ def serialized(kernels):
 def test_triton_products_are_those_of_the_architecture(kernels):
     products = [k for k in of("triton", kernels) if k.function == "lora_linear_kernel"]
     large = [k for k in products if any(re.search(r" M=(64|512)$", case) for case in k.cases)]
-    attention = r"prefix_attention_(fwd|dq|dkv|merge) .*D=(64|128) "
+    attention = r"prefix_attention_(fwd|dq|dkv|merge) (light|heavy) D=(64|128) "
     large += [k for k in of("triton", kernels) if any(re.match(attention, case) for case in k.cases)]
     assert {k.arch for k in large} == set(TRITON_ARCHS)
     missing = [(k.name, k.arch) for k in large if missing_instructions(k, [TRITON_MATRIX_INSTRUCTION[k.arch]])]

@@ -65,8 +65,8 @@ def tile_of(launcher, M):
 # head, and a step takes `depth` keys (dkv: queries). "few": up to 16 queries of a sequence.
 ATTENTION_TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
     "prefix_attention_fwd": (
-        (64, Tile(128, 64, 64, 8, 2)),
-        (128, Tile(128, 128, 32, 8, 3)),
+        (64, Tile(128, 64, 32, 8, 2)),
+        (128, Tile(64, 128, 64, 8, 2)),
         (256, Tile(64, 256, 32, 8, 2)),
     ),
     "prefix_attention_fwd few": (
@@ -76,12 +76,12 @@ ATTENTION_TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
     ),
     "prefix_attention_dq": (
         (64, Tile(128, 64, 32, 8, 2)),
-        (128, Tile(128, 128, 32, 8, 2)),
+        (128, Tile(64, 128, 32, 8, 2)),
         (256, Tile(64, 256, 16, 8, 2)),
     ),
     "prefix_attention_dkv": (
         (64, Tile(128, 64, 32, 8, 2)),
-        (128, Tile(64, 128, 32, 8, 2)),
+        (128, Tile(64, 128, 16, 8, 2)),
         (256, Tile(32, 256, 32, 8, 2)),
     ),
 }

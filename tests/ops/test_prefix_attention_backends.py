@@ -18,10 +18,7 @@ TRITON, CUDA, KERNELS = over("triton"), over("cuda"), over("triton", "cuda")
 @pytest.fixture(params=("one kernel", "beside flash"))
 def form(request, monkeypatch):
     """The two forms of the Triton backend, whatever the sizes and the device."""
-    if request.param == "one kernel":
-        monkeypatch.setattr(eager, "_flash_serves", lambda *_: False)
-    else:
-        monkeypatch.setattr(eager, "_FLASH_FROM_KEYS_ON_CPU", 1)
+    monkeypatch.setattr(eager, "_FLASH_DEVICES", () if request.param == "one kernel" else ("cpu", "cuda"))
     return request.param
 
 
@@ -100,7 +97,7 @@ def test_compile_fullgraph(backend):
     assert all(torch.equal(expected[name], got[name]) for name in got)
 
 
-@KERNELS
+@TRITON
 def test_opcheck(backend, form):
     """Among others that no result is a view of another, and that strides are those that a compiled graph expects."""
     inputs = [leaf(t.to(backend.device)) for t in small(5)[:5]]

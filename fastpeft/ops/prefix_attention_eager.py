@@ -24,7 +24,7 @@ _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 _LEAST_ROWS = 32
 
 # Where torch's flash attention is the faster way for many queries. On a CPU blocks are, or are as fast, from 64 to 4096
-# tokens (measured, AVX512-BF16); there its forward serves single queries.
+# tokens (measured, AVX512-BF16); there only tests take it.
 _FLASH_DEVICES = ("cuda",)
 # Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)

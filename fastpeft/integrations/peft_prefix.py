@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
+import torch
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -123,9 +124,9 @@ class _PrefixTuned:
     def _layers(self) -> list[KeysValues]:
         """Keys and values of each decoder layer; the encoder is evaluated once, not for every sample."""
         config, encoder = self.active_peft_config, self.prompt_encoder[self.active_adapter]
-        flat = encoder.embedding.weight
-        if self._has_mlp(self.active_adapter):
-            flat = encoder.transform(flat)
+        # By calls, not from its weight, which may be sharded. What is loaded for inference has lost its MLP.
+        lookup = encoder.embedding if config.prefix_projection and not self._has_mlp(self.active_adapter) else encoder
+        flat = lookup(torch.arange(config.num_virtual_tokens, device=encoder.embedding.weight.device))
         layers = split_layers(flat, config.num_layers, config.num_attention_heads, self.base_model_torch_dtype)
         if config.num_transformer_submodules == 2:  # as peft reads it, see `_mend`
             layers = [layers[2 * index % len(layers)] for index in range(len(layers))]

@@ -132,6 +132,9 @@ class StackHook:
         self.shift = 0
         if layers is None and cross is None:
             return args, kwargs
+        if stack.training and getattr(stack, "gradient_checkpointing", False) and _is_reentrant(stack):
+            raise ValueError("a prefix needs gradient checkpointing with use_reentrant=False, transformers' default: "
+                             "the layers share the graph of the prefix")  # fmt: skip
         past = kwargs.get("past_key_values")
         seen = 0 if past is None else past.get_seq_length()
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts on in place
@@ -144,6 +147,10 @@ class StackHook:
 
     def shift_positions(self, _embedding: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs | {"position_ids": kwargs["position_ids"] + self.shift}
+
+
+def _is_reentrant(stack: nn.Module) -> bool:
+    return getattr(stack._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
 
 
 def _check_used(stack: nn.Module, _args: tuple, kwargs: dict, _output) -> None:

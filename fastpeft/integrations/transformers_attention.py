@@ -85,11 +85,11 @@ def prefix_mask(
         return None
     mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     mask = pad(mask, (0, kv_length - mask.shape[1]), value=False)
-    return None if mask.all() else mask
+    return None if not torch.compiler.is_compiling() and mask.all() else mask
 
 
-def _codes() -> dict:
-    """The mask functions that transformers makes, by the code they share: which of them it is, and what it holds."""
+def _kinds() -> dict[str, str]:
+    """The mask functions that transformers makes, by the name they share -> which of them it is."""
     make = masking_utils
     samples = {
         "and": make.and_masks(make.causal_mask_function),
@@ -98,10 +98,10 @@ def _codes() -> dict:
     }
     if hasattr(make, "remap_positions_for_packed_sequence"):
         samples["inner"] = make.remap_positions_for_packed_sequence(make.causal_mask_function, torch.empty(0))
-    return {sample.__code__: kind for kind, sample in samples.items()}
+    return {sample.__qualname__: kind for kind, sample in samples.items()}
 
 
-_CODES = _codes()
+_KINDS = _kinds()
 
 
 def _pattern(function) -> dict | None:
@@ -113,7 +113,7 @@ def _pattern(function) -> dict | None:
         return {"causal": True}
     if function is masking_utils.bidirectional_mask_function:
         return {"causal": False}
-    kind = _CODES.get(getattr(function, "__code__", None))
+    kind = _KINDS.get(getattr(function, "__qualname__", None))
     if kind is None:
         return None
     held = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))

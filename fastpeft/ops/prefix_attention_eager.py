@@ -24,7 +24,7 @@ _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 _LEAST_ROWS = 32
 
 # Where torch's flash attention is the faster way for many queries. On a CPU blocks are, or are as fast, from 64 to 4096
-# tokens (measured, AVX512-BF16); there its forward serves single queries.
+# tokens (measured, AVX512-BF16); there only tests take it.
 _FLASH_DEVICES = ("cuda",)
 # Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -45,8 +45,10 @@ def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> 
     lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
     if out.numel() == 0:
         return out, lse
-    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form) or _decodes_on_cpu(q, cu_seqlens, form):
-        _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, out, lse)
+    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+        _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse)
+    elif _decodes_on_cpu(q, cu_seqlens, form):
+        _decode_on_cpu(q, k, v, prefix_k, prefix_v, key_padding_mask, form, out, lse)
     else:
         for i in _documents(cu_seqlens):
             real = q[:, :, i], k[:, :, i], v[:, :, i]
@@ -242,6 +244,29 @@ def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> Non
         dprefix_v += dvalues[:, :, :P].sum(0)
 
 
+# One query on a CPU
+
+
+def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:
+    plain = form.softcap is None and form.window is None and cu_seqlens is None
+    return plain and q.device.type == "cpu" and q.shape[2] == 1
+
+
+def _decode_on_cpu(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
+    """torch's op over joined keys: the least calls. Heads that share a key become rows of one attention."""
+    B, Hkv, D, P = *k.shape[:2], k.shape[3], prefix_k.shape[1]
+    keys, values = (_joined(*pair, q.dtype).view(B, Hkv, -1, D) for pair in ((prefix_k, k), (prefix_v, v)))
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(B, 1, 1, keys.shape[2], dtype=q.dtype)
+        bias[..., P:].masked_fill_(~mask[:, None, None], float("-inf"))
+    result, result_lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        q.reshape(B, Hkv, -1, D), keys, values, 0.0, False, attn_mask=bias, scale=form.scale
+    )
+    out.copy_(result.reshape(q.shape))
+    lse.copy_(result_lse.reshape(lse.shape))
+
+
 # Flash
 
 
@@ -257,19 +282,13 @@ def _flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
     return cu_seqlens is None and S > 1
 
 
-def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:
-    """One query: torch's op reads the cache where it lies, and takes a mask of keys."""
-    plain = form.softcap is None and form.window is None and cu_seqlens is None
-    return plain and q.device.type == "cpu" and q.shape[2] == 1
-
-
 def _has_flash(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, mask, form, out, lse) -> None:
+def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse) -> None:
     Hkv = k.shape[1]
-    real_out, real_lse = _torch_flash(q, k, v, cu_seqlens, mask, form)
+    real_out, real_lse = _torch_flash(q, k, v, cu_seqlens, form)
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     queries, real_out, real_lse = (_by_key_head(t, Hkv) for t in (q, real_out, real_lse.unsqueeze(-1)))
     merged = torch.empty(real_out.shape, dtype=real_lse.dtype, device=q.device)
@@ -325,7 +344,7 @@ def _row_chunks(queries: Tensor, prefix_k: Tensor) -> Iterator[slice]:
 # torch's op over the real keys. Packed documents are one row of tokens to it, [tokens, H, D].
 
 
-def _torch_flash(q, k, v, cu_seqlens, mask, form) -> tuple[Tensor, Tensor]:
+def _torch_flash(q, k, v, cu_seqlens, form) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, S, D] and lse [B, H, S]."""
     (B, H, S, _), causal = q.shape, form.causal and q.shape[2] > 1
     if q.is_cuda:
@@ -334,12 +353,7 @@ def _torch_flash(q, k, v, cu_seqlens, mask, form) -> tuple[Tensor, Tensor]:
             q, k, v, *_lengths(S, k.shape[-3], cu_seqlens), 0.0, causal, False, scale=form.scale
         )
         return _heads_first(out), lse.view(B, H, S)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        _share_keys(q, k), k, v, 0.0, causal, attn_mask=_bias(mask, q.dtype), scale=form.scale
-    )
-    if mask is not None:  # the op gives 0 to a row without a key
-        lse = lse.masked_fill(~mask.any(1)[:, None, None], float("-inf"))
-    return out.reshape(q.shape), lse.reshape(B, H, S)
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=form.scale)
 
 
 def _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
@@ -357,17 +371,6 @@ def _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse) -> tuple[Te
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, q, k, v, out, lse, 0.0, causal, scale=form.scale
     )
-
-
-def _share_keys(t: Tensor, k: Tensor) -> Tensor:
-    """One token a row, [B, H, 1, D], as [B, Hkv, G, D]: heads that share a key become rows of one attention."""
-    return t.reshape(t.shape[0], k.shape[1], -1, t.shape[3]) if t.shape[2] == 1 else t
-
-
-def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None, None]
 
 
 def _tokens_first(t: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import fastpeft
+from fastpeft import attach_prefix, detach_prefix
 from fastpeft.integrations import transformers_attention
-from fastpeft.integrations.prefix import attach_prefix, detach_prefix
 from fastpeft.integrations.transformers_attention import Prefix, prefix_attention_forward
 from fastpeft.nn import PrefixEncoder
 from tests.models import VOCAB, gpt2, llama
@@ -186,16 +186,25 @@ def test_a_cache_goes_on_where_peft_would_overwrite_it():
 
 
 @pytest.mark.parametrize("make", (llama, gpt2, mistral))
-@pytest.mark.parametrize("mlp,reentrant", [(False, False), (True, False), (False, True)])
-def test_gradient_checkpointing_gives_the_same_gradients(make, mlp, reentrant):
+@BOTH
+def test_gradient_checkpointing_gives_the_same_gradients(make, mlp):
     model, arguments = tuned(make, mlp), padded(text(), "left")
     fastpeft.accelerate(model)
     expected = results(model, **arguments)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_same(results(model, **arguments), expected, 1e-6)
+
+
+def test_reentrant_checkpointing_is_refused():
+    """It goes through the graph once a layer, and all layers share that of the encoder."""
+    model = tuned(llama)
+    fastpeft.accelerate(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(input_ids=text())
 
 
 def test_gradient_checkpointing_in_peft_loses_the_prefix():
@@ -392,6 +401,19 @@ def test_deepcopy_is_independent():
     fastpeft.restore(clone)
     assert_same(results(clone, **arguments), expected, 1e-4)
     assert not torch.allclose(results(model, **arguments)["logits"], expected["logits"])
+
+
+@pytest.mark.parametrize("side", ("none", "left"))
+def test_a_compiled_model(side):
+    """One graph, in which the attention with its prefix is one node."""
+    model, arguments = tuned(llama), padded(text(), side)
+    fastpeft.accelerate(model)
+    expected = results(model, **arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**arguments).loss.backward()
+    name = "prompt_encoder.default.embedding.weight"
+    assert_same({name: dict(model.named_parameters())[name].grad}, {name: expected[name]}, 1e-6)
 
 
 def test_report_says_why_a_prefix_is_left():

@@ -171,7 +171,8 @@ def _op_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse, 
 
 @_op_backward.register_fake
 def _(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse, *form_and_backend):
-    return [torch.empty_like(t) for t in (q, k, v, prefix_k, prefix_v)]
+    real = [torch.empty_like(t) for t in (q, k, v)]
+    return real + [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (prefix_k, prefix_v)]
 
 
 def _setup_context(ctx, inputs, output) -> None:

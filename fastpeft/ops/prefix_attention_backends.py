@@ -116,8 +116,8 @@ class Triton:
         if q.numel() == 0:
             return _outputs(q)
         prefix = [t.to(q.dtype).contiguous() for t in (prefix_k, prefix_v)]
-        if eager._flash_serves(q, k, cu_seqlens, key_padding_mask, form):
-            out, lse = eager._torch_flash(q, k, v, cu_seqlens, key_padding_mask, form)
+        if eager.flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+            out, lse = eager.torch_flash(q, k, v, cu_seqlens, form)
             out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
             with _native.stream_on(q.device):
                 _triton().prefix_attention_merge(_by_rows(q), *prefix, cu_seqlens, k.shape[2], form, out, lse)
@@ -135,8 +135,8 @@ class Triton:
         prefix = [t.to(q.dtype).contiguous() for t in (prefix_k, prefix_v)]
         dprefix = [torch.empty(t.shape, dtype=torch.float32, device=q.device) for t in prefix]
         delta, keys, flash = torch.empty_like(lse), k.shape[2], None
-        if eager._flash_serves(q, k, cu_seqlens, key_padding_mask, form):
-            flash = eager._torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
+        if eager.flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+            flash = eager.torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
         dout, q, k, v = (_by_rows(t) for t in (dout, q, k, v))
         kernels = _triton()
         with _native.stream_on(q.device):

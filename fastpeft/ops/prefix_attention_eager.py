@@ -45,7 +45,7 @@ def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> 
     lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
     if out.numel() == 0:
         return out, lse
-    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+    if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
         _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse)
     elif _decodes_on_cpu(q, cu_seqlens, form):
         _decode_on_cpu(q, k, v, prefix_k, prefix_v, key_padding_mask, form, out, lse)
@@ -63,7 +63,7 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
     grads = [dq, dk, dv, *dprefix]
     if out.numel() == 0:
         return [grad.zero_() for grad in grads]
-    if _flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+    if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
         _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
@@ -270,7 +270,7 @@ def _decode_on_cpu(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
 # Flash
 
 
-def _flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
+def flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
     """Whether torch's flash attention can attend over the real keys, and is the faster way."""
     S, T, D = q.shape[2], k.shape[2], q.shape[3]
     if form.softcap is not None or form.window is not None or (form.causal and S not in (1, T)):
@@ -288,7 +288,7 @@ def _has_flash(device: torch.device) -> bool:
 
 def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse) -> None:
     Hkv = k.shape[1]
-    real_out, real_lse = _torch_flash(q, k, v, cu_seqlens, form)
+    real_out, real_lse = torch_flash(q, k, v, cu_seqlens, form)
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     queries, real_out, real_lse = (_by_key_head(t, Hkv) for t in (q, real_out, real_lse.unsqueeze(-1)))
     merged = torch.empty(real_out.shape, dtype=real_lse.dtype, device=q.device)
@@ -305,7 +305,7 @@ def _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse) -> N
 def _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads) -> None:
     Hkv = k.shape[1]
     dq, dk, dv, dprefix_k, dprefix_v = grads
-    real_dq, real_dk, real_dv = _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
+    real_dq, real_dk, real_dv = torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse)
     dk.copy_(real_dk)
     dv.copy_(real_dv)
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
@@ -344,7 +344,7 @@ def _row_chunks(queries: Tensor, prefix_k: Tensor) -> Iterator[slice]:
 # torch's op over the real keys. Packed documents are one row of tokens to it, [tokens, H, D].
 
 
-def _torch_flash(q, k, v, cu_seqlens, form) -> tuple[Tensor, Tensor]:
+def torch_flash(q, k, v, cu_seqlens, form) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, S, D] and lse [B, H, S]."""
     (B, H, S, _), causal = q.shape, form.causal and q.shape[2] > 1
     if q.is_cuda:
@@ -356,7 +356,7 @@ def _torch_flash(q, k, v, cu_seqlens, form) -> tuple[Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=form.scale)
 
 
-def _torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+def torch_flash_backward(dout, q, k, v, cu_seqlens, form, out, lse) -> tuple[Tensor, Tensor, Tensor]:
     """out and lse: those of the joint softmax. Returns dq, dk, dv."""
     S, causal = q.shape[2], form.causal and q.shape[2] > 1
     if q.is_cuda:

@@ -279,7 +279,7 @@ def test_compile_fullgraph(options):
 
 def test_opcheck():
     inputs = [leaf(t) for t in problem(S=5)[:5]]
-    arguments = (*inputs, None, padding(2, 5, "left"), True, 0.25, 3, None, None)
+    arguments = (*inputs, None, padding(2, 5, "left"), True, 0.25, 3, None, True, None)
     torch.library.opcheck(torch.ops.fastpeft.prefix_attention, arguments)
 
 

@@ -102,8 +102,12 @@ def test_opcheck(backend, form):
     """Among others that no result is a view of another, and that strides are those that a compiled graph expects."""
     inputs = [leaf(t.to(backend.device)) for t in small(5)[:5]]
     inputs[1] = leaf(inputs[1].detach().contiguous())
+    inputs[3] = inputs[3].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     arguments = (*inputs, None, None, True, 0.25, None, None, True, backend.name)
     torch.library.opcheck(torch.ops.fastpeft.prefix_attention, arguments)
+    out, lse = torch.ops.fastpeft.prefix_attention(*arguments)
+    backward = (torch.randn_like(out), *arguments[:7], out.detach(), lse.detach(), *arguments[7:])
+    torch.library.opcheck(torch.ops.fastpeft.prefix_attention_backward, backward, test_utils="test_faketensor")
 
 
 @TRITON

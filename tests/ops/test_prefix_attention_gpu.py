@@ -45,7 +45,7 @@ def test_parity_beside_torch_flash(backend, options, D):
     for dtype in (BF16, FP16):
         tensors = problem(1 if "cu_seqlens" in options else 2, 8, 2, 700, D=D, P=65, dtype=dtype, master=FP32)
         q, k = tensors[0].cuda(), tensors[1].cuda()
-        assert eager._flash_serves(q, k, options.get("cu_seqlens"), None, eager.Form(True, 1.0, None, None))
+        assert eager.flash_serves(q, k, options.get("cu_seqlens"), None, eager.Form(True, 1.0, None, None))
         check(tensors, backend, **options)
 
 

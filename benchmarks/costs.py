@@ -181,9 +181,7 @@ def prefix_attention_dq(
     )
 
 
-def prefix_attention_dkv(
-    B: int, H: int, Hkv: int, S: int, T: int, D: int, itemsize: int, causal: bool = True
-) -> Cost:
+def prefix_attention_dkv(B: int, H: int, Hkv: int, S: int, T: int, D: int, itemsize: int, causal: bool = True) -> Cost:
     """dk and dv of the real keys: four products; of each score as in dq."""
     scores = prefix_attention_scores(B, H, S, T, 0, causal)
     return Cost(

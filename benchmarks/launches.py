@@ -146,8 +146,8 @@ def _prefix_attention(kernels) -> Launches:
         yield f"prefix_attention_dq {case}", dq
         dkv = partial(kernels.prefix_attention_dkv, q, q, k, k, prefix, *masks, row, row, k, k)
         yield f"prefix_attention_dkv {case}", dkv
-        dprefix = (prefix.float(),) * 2
-        dprefix = partial(kernels.prefix_attention_dprefix, q, q, prefix, prefix, cu_seqlens, T, form, row, row, *dprefix)
+        sums = (row, row, prefix.float(), prefix.float())
+        dprefix = partial(kernels.prefix_attention_dprefix, q, q, prefix, prefix, cu_seqlens, T, form, *sums)
         yield f"prefix_attention_dprefix {case}", dprefix
         if extras in ("light", "packed"):  # beside another kernel, which has no softcap either
             merge = partial(kernels.prefix_attention_merge, q, prefix, prefix, cu_seqlens, T, form, q, row)

@@ -276,8 +276,8 @@ SUBJECTS = (
             ("lora_up_grad", "heavy", costs.lora_up_grad, lambda N, K: N),
         )
     ),
-    # Attention; an element is a score. A step copies keys and values (dkv: queries and their gradients) for as many rows
-    # as a tile has: of a head, 4 bytes of each of its elements.
+    # Attention; an element is a score. A step copies keys and values (dkv: queries and their gradients) for as many
+    # rows as a tile has: of a head, 4 bytes of each of its elements.
     *(
         Subject(
             f"prefix_attention_{name}, bf16",

@@ -141,7 +141,6 @@ def prefix_attention_dq_kernel(
     rows = (b * tl.num_programs(1) + h) * S
     row = m0 + tl.arange(0, BM)
     seen = tl.minimum(row, S - 1)  # rows past the last are that one again: they widen no loop
-    dtype: tl.constexpr = q.dtype.element_ty
     q_tile = load_rows(q + b * stride_qb + h * stride_qh, m0, stride_qs, S, D, BM, BD)
     do_tile = load_rows(dout + b * stride_dob + h * stride_doh, m0, stride_dos, S, D, BM, BD)
     o_tile = load_rows(out + b * stride_ob + h * stride_oh, m0, stride_os, S, D, BM, BD)

@@ -1,7 +1,7 @@
 """Launch configurations, as data: nothing is tuned while a user waits.
 
-`python -m benchmarks.tune` times other tiles of lora_linear on a GPU and prints TILES anew. Not timed yet: chosen for few
-instructions an element, no spills and at most 99 kB of shared memory, as compiled for sm_80 to sm_120.
+`python -m benchmarks.tune` times other tiles of lora_linear on a GPU and prints TILES anew. Not timed yet: chosen for
+few instructions an element, no spills and at most 99 kB of shared memory, as compiled for sm_80 to sm_120.
 """
 
 from dataclasses import dataclass

@@ -64,7 +64,7 @@ def test_parity_of_decoding(backend):
 
 @KERNELS
 def test_parity_for_views(backend):
-    """Contiguous inputs, and those that kernels cannot load as they are: rows of odd strides, columns that are apart."""
+    """Contiguous inputs, and those that kernels cannot load as they are: odd strides, columns apart."""
     q, k, v, prefix_k, prefix_v, dout = small(3, 20)
     wide = torch.randn(2, 2, 20, 67).to(BF16)
     apart = torch.randn(2, 2, 64, 20).to(BF16).transpose(2, 3)

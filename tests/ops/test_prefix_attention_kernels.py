@@ -71,8 +71,8 @@ def assert_lse(lse, tensors, form, cu_seqlens=None, mask=None):
 def check(actual, lse, tensors, form, cu_seqlens=None, mask=None, one_hot=False):
     """actual: the first of NAMES. The prefix's gradients are float32 before they become what the parameter is.
 
-    one_hot: all weights are 0 or 1. Then the gradients of the scores are differences of equal numbers, 0 in the formula;
-    a kernel that adds both in float32, each in its own order, leaves some units in their last place.
+    one_hot: all weights are 0 or 1. Then the gradients of the scores are differences of equal numbers, 0 in the
+    formula; a kernel that adds both in float32, each in its own order, leaves some units in their last place.
     """
     q, k, v, _, _, dout = tensors
     plain = formula(tensors, form, cu_seqlens, mask)

@@ -7,8 +7,8 @@ where the attention over the real keys is known already: its output and log-sum-
 with, so that this is the merge. Backward stands in `prefix_attention_grad.py`.
 
 Launchers take q, k, v, out and their gradients as [B, H or Hkv, S or T, D] of one 16-bit dtype, any strides but the
-last, which is 1; the prefix as contiguous [Hkv, P, D]; lse and delta as contiguous float32 [B, H, S]; mask as contiguous
-uint8 [B, T], 0 for hidden; cu_seqlens as int32. `form` has causal, scale, window and softcap as
+last, which is 1; the prefix as contiguous [Hkv, P, D]; lse and delta as contiguous float32 [B, H, S]; mask as
+contiguous uint8 [B, T], 0 for hidden; cu_seqlens as int32. `form` has causal, scale, window and softcap as
 `fastpeft.ops.prefix_attention` defines them. They write into their outputs and return nothing, tune nothing and ask
 nothing of the device. Sums are float32; there are no atomics.
 

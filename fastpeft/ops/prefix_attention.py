@@ -166,7 +166,14 @@ def _op_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse, 
     *form, training, backend = form_and_backend
     form = Form(*form)
     name = choose(q, cu_seqlens, training, backend)
-    return _backward(name, dout, (q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse), form)
+    grads = _backward(name, dout, (q, k, v, prefix_k, prefix_v, cu_seqlens, mask, out, lse), form)
+    return [_as_promised(grad, t) for grad, t in zip(grads[:3], (q, k, v), strict=True)] + grads[3:]
+
+
+def _as_promised(grad: Tensor, t: Tensor) -> Tensor:
+    """grad, or a copy where its elements do not lie as the fake says: torch's flash attention has its own order."""
+    promised = torch.empty_like(t, device="meta")
+    return grad if grad.stride() == promised.stride() else torch.empty_like(t).copy_(grad)
 
 
 @_op_backward.register_fake

@@ -54,6 +54,9 @@ TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
     ),
     "lora_down_grad": ((inf, Tile(64, 128, 64, 8, 3)),),
     "lora_up_grad": ((inf, Tile(32, 256, 64, 8, 2)),),
+    # Sums of elements, not of products of tiles: no stages.
+    "dora_linear_add": ((inf, Tile(16, 256, 1, 4, 1)),),
+    "dora_linear_gain_grad": ((inf, Tile(1, 256, 16, 8, 1)),),
 }
 
 

@@ -135,7 +135,7 @@ __device__ __forceinline__ void attend(const PrefixAttentionDecodeParams& p, con
     const T* const from = tile % 2 == 0 ? work.k : work.v;
     const int64_t stride = tile % 2 == 0 ? work.k_stride : work.v_stride;
     T* const to = ring + tile % S::slots * S::tile;
-#pragma unroll 4
+#pragma unroll 2  // the addresses of all would stay in registers, and others spill (sm_80 to 89)
     for (int i = threadIdx.x; i < kKeys * (D / kVector); i += kThreads) {
       const int key = i / (D / kVector), vector = i % (D / kVector);
       const bool valid = key0 + key < work.end;

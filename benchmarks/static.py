@@ -340,6 +340,7 @@ SUBJECTS = (
         cost=lambda N, K: costs.prefix_attention(32, S=N, T=0, P=K, causal=False, **_HEADS),
         elements=lambda N, K: costs.prefix_attention_scores(32, 32, N, 0, K, causal=False),
         counted=(r"LDGSTS\..*128", 4 * 128 / 64),
+        cold=("LDG.E.U8", "MUFU.RCP"),  # padding, softcap
         shapes=DECODING_ATTENTIONS,
     ),
 )

@@ -17,8 +17,8 @@
 // order. On sm_90 and later its launch overlaps the end of the first.
 //
 // Shared memory: the queries (64 rows: 16 kB at D = 128) and a ring of tiles of 64 keys or values, in turn, four (D <=
-// 128) or two of 32 kB (D = 256), by cp.async. With three tiles of 16 kB under way and two or three CTAs an SM there
-// are 96 to 144 kB under way; 3.35 TB/s at a latency of 0.8 us take 20.
+// 128) or two of 32 kB (D = 256), by cp.async. With three tiles of 16 kB under way and two CTAs an SM there are 96 kB
+// under way; 3.35 TB/s at a latency of 0.8 us take 20.
 //
 // D is 64, 96, 128 or 256; pointers aligned to 16 bytes and strides multiples of 8 (cudaErrorInvalidValue otherwise).
 #include <algorithm>
@@ -78,11 +78,6 @@ __device__ __forceinline__ Seen seen_by(const PrefixAttentionDecodeParams& p, bo
   return {first, is_prefix ? p.P : p.causal ? at + 1 : p.T};
 }
 
-// log2(e) times the score; scale and softcap contain what makes it so.
-__device__ __forceinline__ float score(float product, float scale, float softcap) {
-  return softcap > 0.0f ? softcap * tanhf(product * scale) : product * scale;
-}
-
 __device__ __forceinline__ float of_quad(float x, bool is_maximum) {
 #pragma unroll
   for (int lanes = 1; lanes < 4; lanes *= 2) {
@@ -135,8 +130,9 @@ __device__ __forceinline__ void attend(const PrefixAttentionDecodeParams& p, con
     const T* const from = tile % 2 == 0 ? work.k : work.v;
     const int64_t stride = tile % 2 == 0 ? work.k_stride : work.v_stride;
     T* const to = ring + tile % S::slots * S::tile;
-#pragma unroll 2  // the addresses of all would stay in registers, and others spill (sm_80 to 89)
-    for (int i = threadIdx.x; i < kKeys * (D / kVector); i += kThreads) {
+#pragma unroll 8
+    for (int n = 0; n < S::tile / kVector / kThreads; ++n) {  // known when compiled: no remainder
+      const int i = static_cast<int>(threadIdx.x) + n * kThreads;
       const int key = i / (D / kVector), vector = i % (D / kVector);
       const bool valid = key0 + key < work.end;
       cp_async_16(to + vector_at<D>(key, vector), from + (valid ? key0 + key : 0) * stride + vector * kVector, valid);
@@ -174,7 +170,7 @@ __device__ __forceinline__ void attend(const PrefixAttentionDecodeParams& p, con
     seen[half] = row < work.rows ? seen_by(p, work.is_prefix, work.first_row + row) : Seen{0, 0};
     seen[half].past = min(seen[half].past, work.end);
   }
-  const float cap = p.softcap, scale = cap > 0.0f ? p.scale / cap : p.scale * kLog2e;
+  const float cap = p.softcap * kLog2e, scale = cap > 0.0f ? p.scale / p.softcap : p.scale * kLog2e;
 
   State<D> state;
 #pragma unroll 1
@@ -194,7 +190,23 @@ __device__ __forceinline__ void attend(const PrefixAttentionDecodeParams& p, con
       }
     }
 
+    // log2(e) times the scores. Branches stand around the loops, the same for all lanes: one for each score would take
+    // most of the time.
     const int key0 = work.begin + step * kKeys + warp_key + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 8 * blocks; ++i) s[i / 4][i % 4] *= scale;
+    if (cap > 0.0f) {
+#pragma unroll
+      for (int i = 0; i < 8 * blocks; ++i) s[i / 4][i % 4] = cap * tanhf(s[i / 4][i % 4]);
+    }
+    if (work.mask) {
+#pragma unroll
+      for (int i = 0; i < 4 * blocks; ++i) {
+        const int key = min(key0 + i / 2 * 8 + i % 2, work.end - 1);  // the others are past what any row sees
+        if (__ldg(work.mask + key) == 0) s[i / 2][i % 2] = s[i / 2][2 + i % 2] = -INFINITY;
+      }
+    }
+
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float largest = state.largest[half];
@@ -202,9 +214,7 @@ __device__ __forceinline__ void attend(const PrefixAttentionDecodeParams& p, con
       for (int i = 0; i < 4 * blocks; ++i) {
         float& x = s[i / 2][2 * half + i % 2];
         const int key = key0 + i / 2 * 8 + i % 2;
-        bool visible = key >= seen[half].first && key < seen[half].past;
-        if (visible && work.mask) visible = __ldg(work.mask + key) != 0;
-        x = visible ? score(x, scale, cap * kLog2e) : -INFINITY;
+        x = key >= seen[half].first && key < seen[half].past ? x : -INFINITY;
         largest = fmaxf(largest, x);
       }
       largest = of_quad(largest, true);
@@ -338,8 +348,10 @@ __device__ __forceinline__ Work<T> work_of(const PrefixAttentionDecodeParams& p,
   return work;
 }
 
+// Two CTAs an SM, as the plan has them: with the fewer registers of three or four some architectures spill.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) prefix_attention_decode_kernel(PrefixAttentionDecodeParams p, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    prefix_attention_decode_kernel(PrefixAttentionDecodeParams p, Plan plan) {
   const Work<T> work = work_of<T, D>(p, plan);
   if (work.tile_of_16) {
     attend<T, D, 1>(p, plan, work);

@@ -176,3 +176,47 @@ def lora_add(M: int, N: int, R: int, itemsize: int, gain: bool = False) -> Cost:
         cuda_core_ops=2 * outputs * M * N,
         tensor_core_ops=2 * M * N * R,
     )
+
+
+def prefix_attention_scores(B: int, H: int, S: int, T: int, P: int, causal: bool = True) -> int:
+    """How many there are that somebody sees."""
+    real = S * (T - S) + S * (S + 1) // 2 if causal else S * T
+    return B * H * (S * P + real)
+
+
+def prefix_attention(
+    B: int, H: int, Hkv: int, S: int, T: int, P: int, D: int, itemsize: int, causal: bool = True
+) -> Cost:
+    """Two products; of each score a scale, a maximum, a difference, an exponential and a sum."""
+    scores = prefix_attention_scores(B, H, S, T, P, causal)
+    return Cost(
+        read_bytes=(B * H * S + 2 * Hkv * (B * T + P)) * D * itemsize,
+        written_bytes=B * H * S * (D * itemsize + _FLOAT),
+        cuda_core_ops=5 * scores,
+        tensor_core_ops=2 * 2 * scores * D,
+    )
+
+
+def prefix_attention_dq(
+    B: int, H: int, Hkv: int, S: int, T: int, P: int, D: int, itemsize: int, causal: bool = True
+) -> Cost:
+    """delta, a product of each element; three products; of each score a scale, two differences, an exponential and a
+    product."""
+    scores = prefix_attention_scores(B, H, S, T, P, causal)
+    return Cost(
+        read_bytes=(3 * B * H * S + 2 * Hkv * (B * T + P)) * D * itemsize + B * H * S * _FLOAT,
+        written_bytes=B * H * S * (D * itemsize + _FLOAT),
+        cuda_core_ops=5 * scores + 2 * B * H * S * D,
+        tensor_core_ops=2 * 3 * scores * D,
+    )
+
+
+def prefix_attention_dkv(B: int, H: int, Hkv: int, S: int, T: int, D: int, itemsize: int, causal: bool = True) -> Cost:
+    """dk and dv of the real keys: four products; of each score as in dq."""
+    scores = prefix_attention_scores(B, H, S, T, 0, causal)
+    return Cost(
+        read_bytes=(2 * B * H * S + 2 * B * Hkv * T) * D * itemsize + 2 * B * H * S * _FLOAT,
+        written_bytes=2 * B * Hkv * T * D * itemsize,
+        cuda_core_ops=5 * scores,
+        tensor_core_ops=2 * 4 * scores * D,
+    )

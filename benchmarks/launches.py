@@ -22,6 +22,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -177,15 +178,62 @@ def _dora_linear(kernels) -> Launches:
         yield f"dora_linear_gain_grad {case}", partial(kernels.dora_linear_gain_grad, x, x, gain)
 
 
+def _prefix_attention(kernels) -> Launches:
+    # Head sizes choose the tile; 96 leaves columns of it empty. "light" is a causal attention as most models have it,
+    # "heavy" all that takes registers, and "packed" the bounds of documents.
+    cases = [("light", dict(D=D, dtype="bf16")) for D in (64, 128, 256)]
+    cases += [("heavy", dict(D=D, dtype="fp16")) for D in (64, 128, 256)]
+    cases += [("packed", dict(D=96, dtype="bf16")), ("packed full", dict(D=128, dtype="bf16"))]
+    for extras, shape in cases:
+        q, k, row, prefix, cu_seqlens, mask, form = _attention(extras, **shape)
+        case = f"{extras} {_case(**shape)}"
+        masks, few, T = (cu_seqlens, mask, form), q[:, :, :16], k.shape[2]
+        forward = kernels.prefix_attention_fwd
+        yield f"prefix_attention_fwd {case}", partial(forward, q, k, k, prefix, prefix, *masks, q, row)
+        if cu_seqlens is None:
+            few = partial(forward, few, k, k, prefix, prefix, *masks, few, row)
+            yield f"prefix_attention_fwd few {case}", few
+        dq = partial(kernels.prefix_attention_dq, q, q, k, k, prefix, prefix, *masks, q, row, row, q)
+        yield f"prefix_attention_dq {case}", dq
+        dkv = partial(kernels.prefix_attention_dkv, q, q, k, k, prefix, *masks, row, row, k, k)
+        yield f"prefix_attention_dkv {case}", dkv
+        sums = (row, row, prefix.float(), prefix.float())
+        dprefix = partial(kernels.prefix_attention_dprefix, q, q, prefix, prefix, cu_seqlens, T, form, *sums)
+        yield f"prefix_attention_dprefix {case}", dprefix
+        if extras in ("light", "packed"):  # beside another kernel, which has no softcap either
+            merge = partial(kernels.prefix_attention_merge, q, prefix, prefix, cu_seqlens, T, form, q, row)
+            yield f"prefix_attention_merge {case}", merge
+            add_dq = partial(kernels.prefix_attention_add_dq, q, q, prefix, prefix, cu_seqlens, T, form, q, row, row, q)
+            yield f"prefix_attention_add_dq {case}", add_dq
+
+
+def _attention(extras, D, dtype) -> tuple:
+    """q, k, a float32 for each row, prefix, cu_seqlens, mask, form; q and k lie as a projection leaves them."""
+    B, H, Hkv, S, P = 2, 32, 8, 4096, 64
+    if extras.startswith("packed"):
+        B, S = 1, B * S
+    empty = partial(torch.empty, device="meta")
+    q, k = (empty(B, S, heads, D, dtype=_DTYPES[dtype]).transpose(1, 2) for heads in (H, Hkv))
+    form = SimpleNamespace(causal="full" not in extras, scale=D**-0.5, window=None, softcap=None)
+    cu_seqlens = empty(9, dtype=torch.int32) if extras.startswith("packed") else None
+    mask = empty(B, S, dtype=torch.uint8) if extras == "heavy" else None
+    if extras == "heavy":
+        form.softcap = 50.0
+    if extras in ("heavy", "packed"):
+        form.window = 1000
+    return q, k, empty(B, H, S), empty(Hkv, P, D, dtype=_DTYPES[dtype]), cu_seqlens, mask, form
+
+
 TRITON: dict[str, Callable[..., Launches]] = {
     "nf4": _nf4,
     "dora_norm": _dora_norm,
     "dora_linear": _dora_linear,
     "lora_linear": _lora_linear,
+    "prefix_attention": _prefix_attention,
 }
 
 # CUDA kernel instances (a regular expression) -> bytes of dynamic shared memory that their launcher asks for, which the
-# machine code does not say. tests/ops/test_lora_kernels.py compares them with what is launched.
+# machine code does not say. The kernels' own tests compare them with what is launched.
 CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {
     r"lora_down_kernel<\w+, 16, .*": 8 * 10240,
     r"lora_down_kernel<\w+, 64, .*": 6 * 16384,
@@ -202,6 +250,11 @@ CUDA_DYNAMIC_SHARED_BYTES: dict[str, int] = {
     r"lora_linear_decode_kernel<.*, 2>": 65536 + 4096 + 1024 + 24 * 512,
     r"lora_linear_decode_kernel<.*, 4>": 65536 + 4096 + 1024 + 32 * 512,
     r"lora_linear_decode_kernel<.*, 8>": 65536 + 4096 + 1024 + 1 * 512,
+    # 64 queries, and a ring of four or two tiles of 64 keys
+    r"prefix_attention_decode_kernel<\w+, 64>": 5 * 8192,
+    r"prefix_attention_decode_kernel<\w+, 96>": 5 * 12288,
+    r"prefix_attention_decode_kernel<\w+, 128>": 5 * 16384,
+    r"prefix_attention_decode_kernel<\w+, 256>": 3 * 32768,
 }
 
 

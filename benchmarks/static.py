@@ -35,6 +35,12 @@ SHAPES = {  # [N, K] of the linear layers of
     "Llama-3-8B down": (4096, 14336),
     "SmolLM2-135M down": (576, 1536),
 }
+# [queries of a sequence, slots of the prefix] of an attention with the heads of Llama-3-8B: 32, 8 of keys, of size 128;
+# 8 sequences, causal.
+TRAINING_ATTENTIONS = {"Llama-3-8B, P = 20": (1024, 20), "Llama-3-8B, P = 64": (4096, 64)}
+# 32 sequences, over the prefix alone.
+DECODING_ATTENTIONS = {"Llama-3-8B, P = 4096": (1, 4096), "Llama-3-8B, P = 16384": (1, 16384)}
+_HEADS = dict(H=32, Hkv=8, D=128, itemsize=2)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class Subject:
     counted: tuple[str, float]  # elements in the hot path: bytes moved by opcodes that match, over bytes of an element
     trips: dict[str, int] = field(default_factory=dict)  # see sass.hot_path
     cold: tuple[str, ...] = ()
+    shapes: dict[str, tuple[int, int]] = field(default_factory=lambda: SHAPES)
 
 
 _BLOCKSIZE = 64
@@ -306,6 +313,36 @@ SUBJECTS = (
             ("lora_up_grad", "heavy", costs.lora_up_grad, lambda N, K: N),
         )
     ),
+    # Attention; an element is a score. A step copies keys and values (dkv: queries and their gradients) for as many
+    # rows as a tile has: of a head, 4 bytes of each of its elements.
+    *(
+        Subject(
+            f"prefix_attention_{name}, bf16",
+            "prefix_attention",
+            cuda=None,
+            triton=f"prefix_attention_{name} light D=128 dtype=bf16",
+            cost=cost,
+            elements=lambda N, K, slots=slots: costs.prefix_attention_scores(8, 32, N, N, K if slots else 0),
+            counted=(r"LDGSTS\..*128", 4 * 128 / rows),
+            shapes=TRAINING_ATTENTIONS,
+        )
+        for name, rows, slots, cost in (
+            ("fwd", 64, True, lambda N, K: costs.prefix_attention(8, S=N, T=N, P=K, **_HEADS)),
+            ("dq", 64, True, lambda N, K: costs.prefix_attention_dq(8, S=N, T=N, P=K, **_HEADS)),
+            ("dkv", 64, False, lambda N, K: costs.prefix_attention_dkv(8, S=N, T=N, **_HEADS)),
+        )
+    ),
+    Subject(
+        "prefix_attention_decode, bf16, 32 sequences",
+        "prefix_attention",
+        cuda="prefix_attention_decode_kernel<__nv_bfloat16, 128>",
+        triton=None,
+        cost=lambda N, K: costs.prefix_attention(32, S=N, T=0, P=K, causal=False, **_HEADS),
+        elements=lambda N, K: costs.prefix_attention_scores(32, 32, N, 0, K, causal=False),
+        counted=(r"LDGSTS\..*128", 4 * 128 / 64),
+        cold=("LDG.E.U8", "MUFU.RCP"),  # padding, softcap
+        shapes=DECODING_ATTENTIONS,
+    ),
 )
 
 
@@ -354,7 +391,7 @@ def kernel_row(subject: Subject, kernel: Kernel) -> dict:
 
 
 def shape_row(subject: Subject, per_element: float, layer: str, gpu: Gpu) -> dict:
-    N, K = SHAPES[layer]
+    N, K = subject.shapes[layer]
     cost = subject.cost(N, K)
     warp_instructions = per_element * subject.elements(N, K) / 32
     floors = {
@@ -517,7 +554,7 @@ def main(arguments: list[str] | None = None) -> int:
     for subject in subjects:
         for kernel in kernels_of(subject, compiled):
             row = kernel_row(subject, kernel)
-            layers = SHAPES if gpu else ()
+            layers = subject.shapes if gpu else ()
             rows += [
                 {**row, **shape_row(subject, row["modelled_instructions_per_element"], layer, gpu)} for layer in layers
             ] or [row]

@@ -2,7 +2,9 @@
 // as integers, so the module links neither torch nor the driver and imports on any machine.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -236,6 +238,53 @@ PYBIND11_MODULE(_cuda, m) {
       },
       "dy"_a, "z"_a, "d_gain"_a, "dtype"_a, "M"_a, "N"_a, "workspace"_a, "stream"_a);
   m.def("dora_linear_gain_grad_workspace_bytes", &dora_linear_gain_grad_workspace_bytes, "M"_a, "N"_a);
+
+  // Strides: of sequences, heads and rows, in elements.
+  m.def(
+      "prefix_attention_decode",
+      [](Address q, Address k, Address v, Address prefix_k, Address prefix_v, Address mask, Address out, Address lse,
+         std::array<int64_t, 3> q_stride, std::array<int64_t, 3> k_stride, std::array<int64_t, 3> v_stride, bool causal,
+         float scale, int window, float softcap, DType dtype, int B, int H, int Hkv, int L, int T, int P, int D,
+         Address workspace, Address stream) {
+        const auto strides = [](const std::array<int64_t, 3>& s) { return HeadStrides{s[0], s[1], s[2]}; };
+        check("prefix_attention_decode", prefix_attention_decode({pointer<const void>(q),
+                                                                  pointer<const void>(k),
+                                                                  pointer<const void>(v),
+                                                                  pointer<const void>(prefix_k),
+                                                                  pointer<const void>(prefix_v),
+                                                                  pointer<const uint8_t>(mask),
+                                                                  pointer<void>(out),
+                                                                  pointer<float>(lse),
+                                                                  strides(q_stride),
+                                                                  strides(k_stride),
+                                                                  strides(v_stride),
+                                                                  causal,
+                                                                  scale,
+                                                                  window,
+                                                                  softcap,
+                                                                  dtype,
+                                                                  B,
+                                                                  H,
+                                                                  Hkv,
+                                                                  L,
+                                                                  T,
+                                                                  P,
+                                                                  D,
+                                                                  pointer<void>(workspace)},
+                                                                 stream_of(stream)));
+      },
+      "q"_a, "k"_a, "v"_a, "prefix_k"_a, "prefix_v"_a, "mask"_a, "out"_a, "lse"_a, "q_stride"_a, "k_stride"_a,
+      "v_stride"_a, "causal"_a, "scale"_a, "window"_a, "softcap"_a, "dtype"_a, "B"_a, "H"_a, "Hkv"_a, "L"_a, "T"_a,
+      "P"_a, "D"_a, "workspace"_a, "stream"_a);
+  m.def(
+      "prefix_attention_decode_workspace_bytes",
+      [](int B, int H, int Hkv, int L, int T, int P, int D) {
+        size_t bytes = 0;
+        check("prefix_attention_decode_workspace_bytes",
+              prefix_attention_decode_workspace_bytes(B, H, Hkv, L, T, P, D, &bytes));
+        return bytes;
+      },
+      "B"_a, "H"_a, "Hkv"_a, "L"_a, "T"_a, "P"_a, "D"_a);
 
   // The two below answer on a machine without a driver too: an error is part of the answer.
   m.def(

@@ -219,4 +219,34 @@ struct DoraLinearGainGradParams {
 cudaError_t dora_linear_gain_grad(const DoraLinearGainGradParams& p, cudaStream_t stream);
 size_t dora_linear_gain_grad_workspace_bytes(int M, int N);
 
+// A few queries of each sequence over a prefix that all sequences share and over their own keys:
+//   s[i][j] = cap(scale * q[i] k[j]), lse[i] = log sum_j exp s[i][j], out[i] = sum_j exp(s[i][j] - lse[i]) v[j]
+// cap(s) = softcap * tanh(s / softcap). Query i stands at position P + T - L + i, key j at P + j, slot j of the prefix
+// at j; causal: a query sees what stands no later than itself; window: and less than `window` positions before it. A
+// row that sees nothing has out 0 and lse -inf.
+struct HeadStrides {
+  int64_t sequence, head, row;  // elements
+};
+struct PrefixAttentionDecodeParams {
+  const void* q;  // [B, H, L, D] of dtype, L up to 16, head h meets key head h / (H / Hkv)
+  const void* k;  // [B, Hkv, T, D] of dtype, and so is v
+  const void* v;
+  const void* prefix_k;  // [Hkv, P, D] of dtype, contiguous, and so is prefix_v
+  const void* prefix_v;
+  const uint8_t* mask;  // [B, T], 0 hides a key; or null
+  void* out;            // [B, L, H, D] of dtype
+  float* lse;           // [B, H, L]
+  HeadStrides q_stride, k_stride, v_stride;
+  bool causal;
+  float scale;
+  int window;     // 0 for none
+  float softcap;  // 0 for none
+  DType dtype;    // bf16 or fp16
+  int B, H, Hkv, L, T, P, D;
+  void* workspace;
+};
+cudaError_t prefix_attention_decode(const PrefixAttentionDecodeParams& p, cudaStream_t stream);
+// For the current device.
+cudaError_t prefix_attention_decode_workspace_bytes(int B, int H, int Hkv, int L, int T, int P, int D, size_t* bytes);
+
 }  // namespace fastpeft

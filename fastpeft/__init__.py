@@ -18,6 +18,8 @@ _HOME = {
     "accelerate": "fastpeft.integrations.peft",
     "restore": "fastpeft.integrations.peft",
     "Report": "fastpeft.integrations.peft",
+    "attach_prefix": "fastpeft.integrations.prefix",
+    "detach_prefix": "fastpeft.integrations.prefix",
     "use_backend": "fastpeft.backend",
     "NF4Weight": "fastpeft.quant",
     "convert": "fastpeft.nn",

@@ -68,9 +68,10 @@ def requested(backend: str | None) -> str | None:
 class Row:
     """A row of an op's decision table: on a GPU, the backend of the first row that holds is the fastest that is known.
 
-    tokens: the most rows of x. storage: of the weight, "nf4", "dense" or None for either. training: True where
-    gradients are wanted, False where not, None for either. dtypes: of x; None for any. capability: of the GPU, the
-    least. source: "modelled" (from bytes and instructions), or the benchmark and GPU whose figures say so.
+    tokens: the most rows of x, or queries of a sequence. storage: of the weight, "nf4", "dense" or None for either.
+    training: True where gradients are wanted, False where not, None for either. dtypes: of x; None for any. capability:
+    of the GPU, the least. source: "modelled" (from bytes and instructions), or the benchmark and GPU whose figures say
+    so.
     """
 
     backend: str

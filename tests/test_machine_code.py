@@ -46,6 +46,11 @@ CUDA_INSTRUCTIONS = [
     ("Nf4Rows<", [r"LDG\..*64", r"PRMT"]),
     ("DenseRows<", [r"LDG\..*128"]),
     ("lora_linear_decode_finish_kernel", [r"LDG\..*128", r"LDS\.128"]),
+    (
+        "prefix_attention_decode_kernel",
+        [r"HMMA\.16816", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"LDGSTS\..*128", r"STG\.E\.128"],
+    ),
+    ("prefix_attention_decode_finish_kernel", [r"LDG\..*128", r"STG\.E\.64"]),
 ]
 TRITON_INSTRUCTIONS = [
     (f"nf4_dequantize {absmax}dtype={dtype} blocksize=64 numel=4096 aligned=True", [r"STG\.E\.128"])
@@ -70,6 +75,12 @@ TRITON_INSTRUCTIONS += [
     for direction in ("fwd", "dx")
     for M in (16, 512)
 ] + [(f"{name} {_LIGHT} M=8192", [r"LDGSTS\..*128"]) for name in ("lora_down light", "lora_up_grad heavy")]
+TRITON_INSTRUCTIONS += [
+    # Keys, values and queries come by cp.async, 16 bytes at a time.
+    (f"prefix_attention_{name} light D={D} dtype=bf16", [r"LDGSTS\..*128"])
+    for name in ("fwd", "fwd few", "dq", "dkv", "dprefix", "merge", "add_dq")
+    for D in (64, 128, 256)
+]
 # With 64 tokens and more a product is that of its generation: wgmma on Hopper, tcgen05 on Blackwell.
 TRITON_MATRIX_INSTRUCTION = {
     "80": r"HMMA\.16816",
@@ -190,6 +201,8 @@ def serialized(kernels):
 def test_triton_products_are_those_of_the_architecture(kernels):
     products = [k for k in of("triton", kernels) if k.function == "lora_linear_kernel"]
     large = [k for k in products if any(re.search(r" M=(64|512)$", case) for case in k.cases)]
+    attention = r"prefix_attention_(fwd|dq|dkv|merge) (light|heavy) D=(64|128) "
+    large += [k for k in of("triton", kernels) if any(re.match(attention, case) for case in k.cases)]
     assert {k.arch for k in large} == set(TRITON_ARCHS)
     missing = [(k.name, k.arch) for k in large if missing_instructions(k, [TRITON_MATRIX_INSTRUCTION[k.arch]])]
     assert not missing

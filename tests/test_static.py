@@ -255,6 +255,24 @@ def test_low_rank_passes_move():
     assert down.tensor_core_ops == 4_294_967_296
 
 
+def test_costs_of_prefix_attention():
+    scores = costs.prefix_attention_scores(2, 4, S=3, T=5, P=7)
+    assert scores == 2 * 4 * (3 * 7 + 3 + 4 + 5)  # the last query sees all five keys
+    assert costs.prefix_attention_scores(2, 4, S=3, T=5, P=7, causal=False) == 2 * 4 * 3 * 12
+    sizes = dict(H=4, Hkv=2, S=3, T=5, D=64, itemsize=2)
+    forward, dq, dkv = (
+        costs.prefix_attention(2, P=7, **sizes),
+        costs.prefix_attention_dq(2, P=7, **sizes),
+        costs.prefix_attention_dkv(2, **sizes),
+    )
+    q, k, prefix, row = 2 * 4 * 3 * 64 * 2, 2 * 2 * 5 * 64 * 2, 2 * 7 * 64 * 2, 2 * 4 * 3 * 4
+    assert (forward.read_bytes, forward.written_bytes) == (q + 2 * k + 2 * prefix, q + row)
+    assert (dq.read_bytes, dq.written_bytes) == (3 * q + 2 * k + 2 * prefix + row, q + row)
+    assert (dkv.read_bytes, dkv.written_bytes) == (2 * q + 2 * k + 2 * row, 2 * k)
+    assert (forward.tensor_core_ops, dq.tensor_core_ops) == (4 * 64 * scores, 6 * 64 * scores)
+    assert dkv.tensor_core_ops == 8 * 64 * (2 * 4 * (3 + 4 + 5))
+
+
 def test_floors_of_the_h100():
     (merge,) = [subject for subject in static.SUBJECTS if subject.title.startswith("nf4_merge")]
     row = static.shape_row(merge, per_element=33.0, layer="Llama-3-8B q, o", gpu=static.H100_SXM)

@@ -102,8 +102,7 @@ def launch(kernel, tile, grid, steps, out, *arguments, **constants):
 
     The kernel's first argument is `out`, or where its parts go.
     """
-    programs = math.prod(grid)
-    splits = max(1, min(PROGRAMS // programs, steps // MIN_STEPS))
+    splits = splits_of(grid, steps)
     partials = partials_of(out, splits)
     kernel[(*grid, splits)](
         partials,
@@ -117,9 +116,17 @@ def launch(kernel, tile, grid, steps, out, *arguments, **constants):
     sum_partials(partials, out)
 
 
+def splits_of(grid, steps):
+    """How many programs share a sum of `steps` steps where `grid` are the tiles of the output."""
+    return max(1, min(PROGRAMS // math.prod(grid), steps // MIN_STEPS))
+
+
 def partials_of(out, count):
-    """Where `count` programs write that share a sum: `out` itself for one, else float32 [count, *out.shape]."""
-    return out if count == 1 else out.new_empty((count, *out.shape), dtype=float32)
+    """Where `count` programs write that share a sum: `out` itself for one, else float32 [count, *out.shape], each part
+    laid out in memory as `out` is, which has no gaps."""
+    if count == 1:
+        return out
+    return out.new_empty_strided((count, *out.shape), (out.numel(), *out.stride()), dtype=float32)
 
 
 def sum_partials(partials, out):

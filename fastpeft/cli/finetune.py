@@ -20,6 +20,8 @@ class Method(str, Enum):
     qlora = "qlora"
     dora = "dora"
     qdora = "qdora"
+    prefix = "prefix"
+    p_tuning_v2 = "p-tuning-v2"
 
     @property
     def four_bit(self) -> bool:
@@ -28,6 +30,20 @@ class Method(str, Enum):
     @property
     def dora_too(self) -> bool:
         return self in (Method.dora, Method.qdora)
+
+    @property
+    def trains_a_prefix(self) -> bool:
+        return self in (Method.prefix, Method.p_tuning_v2)
+
+    @property
+    def lr(self) -> float:
+        """A prefix starts far from every useful one and is not scaled as LoRA's update is: it takes larger steps."""
+        return 1e-2 if self is Method.prefix else 1e-3 if self is Method.p_tuning_v2 else 2e-4
+
+
+# Which options belong to some methods only.
+_OF_LORA = ("rank", "alpha", "dropout", "target_modules")
+_OF_PREFIX = ("prefix_length",)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Settings:
     alpha: float
     dropout: float
     target_modules: str
+    prefix_length: int
     eval_fraction: float
     seed: int
     optimizer: str | None
@@ -53,6 +70,7 @@ class Settings:
 
 
 def command(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder, hub name, or smollm2 (SmolLM2-135M from a PyPI wheel).")],
     data: Annotated[
         str, typer.Option(help="File (.jsonl .json .txt .csv .parquet), hub name, or pydoc (CPython's own reference).")
@@ -62,11 +80,15 @@ def command(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step, on each device.")] = 2,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
-    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.")] = 2e-4,
-    rank: Annotated[int, typer.Option(min=1)] = 16,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0, help="Highest learning rate; by default 2e-4, 1e-2 for prefix, 1e-3 for p-tuning-v2."),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA and DoRA, as are alpha, dropout and target modules.")] = 16,
     alpha: Annotated[float, typer.Option(min=0)] = 32,
     dropout: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
     target_modules: Annotated[str, typer.Option(help="Names with commas between, or all-linear.")] = "all-linear",
+    prefix_length: Annotated[int, typer.Option(min=1, help="Positions of prefix and p-tuning-v2.")] = 32,
     eval_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Part of the data held out.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     optimizer: Annotated[
@@ -82,7 +104,8 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
-    """Fine-tune a causal language model with LoRA or DoRA, on a dense or 4-bit base."""
+    """Fine-tune a causal language model with LoRA or DoRA, on a dense or 4-bit base, or with a prefix."""
+    check_options(method, [name for name in _OF_LORA + _OF_PREFIX if is_given(context, name)])
     settings = Settings(
         model=model,
         data=data,
@@ -90,11 +113,12 @@ def command(
         steps=steps,
         batch_size=batch_size,
         seq_len=seq_len,
-        lr=lr,
+        lr=method.lr if lr is None else lr,
         rank=rank,
         alpha=alpha,
         dropout=dropout,
         target_modules=target_modules,
+        prefix_length=prefix_length,
         eval_fraction=eval_fraction,
         seed=seed,
         optimizer=optimizer,
@@ -102,6 +126,27 @@ def command(
         accelerate=not no_accelerate,
     )
     finetune(settings, output, compare_steps=compare_steps, resume=resume, overwrite=overwrite)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    return context.get_parameter_source(name).name == "COMMANDLINE"
+
+
+def check_options(method: Method, given: list[str]) -> None:
+    foreign = _OF_LORA if method.trains_a_prefix else _OF_PREFIX
+    for name in given:
+        if name in foreign:
+            raise BadInput(f"--{name.replace('_', '-')}: {method.value} has none")
+
+
+def check_stock(settings: Settings, compare_steps: int, resume: bool) -> None:
+    """What peft itself cannot do with a prefix."""
+    if not settings.method.trains_a_prefix:
+        return
+    if settings.gradient_checkpointing and (compare_steps or not settings.accelerate):
+        raise BadInput("--gradient-checkpointing: stock peft cannot train a prefix with it")
+    if settings.method is Method.p_tuning_v2 and resume and not settings.accelerate:
+        raise BadInput("--resume: stock peft does not save what p-tuning-v2 trains")
 
 
 def check_packages(method: Method) -> None:
@@ -134,6 +179,7 @@ def quiet() -> None:
 def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: bool = False, overwrite: bool = False):
     """Returns the metrics, and writes them with the adapter into `path`. Raises BadInput before anything is written."""
     check_packages(settings.method)
+    check_stock(settings, compare_steps, resume)
     data.check_source(settings.data)
     output = Output(path)
     output.check(asdict(settings), resume=resume, overwrite=overwrite)
@@ -201,14 +247,17 @@ class Run:
         settings = self.settings
         base = models.load_base(source, settings.model, config, four_bit=settings.method.four_bit, device=self.device)
         set_seed(settings.seed)  # the adapter starts from random numbers
-        model = models.add_adapter(
-            base,
-            targets=settings.target_modules,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            dora=settings.method.dora_too,
-        )
+        if settings.method.trains_a_prefix:
+            model = models.add_prefix(base, settings.prefix_length, mlp=settings.method is Method.p_tuning_v2)
+        else:
+            model = models.add_lora(
+                base,
+                targets=settings.target_modules,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+                dora=settings.method.dora_too,
+            )
         self.fused, self.why_not = 0, Counter()
         if settings.accelerate:
             import fastpeft
@@ -251,7 +300,9 @@ class Run:
             bar,
         )
         prompt = sample.prompt_of(self.example, self.tokenizer)
-        before = sample.continuation(self.model, self.tokenizer, prompt)  # a fresh adapter changes nothing
+        before = sample.continuation(
+            self.model, self.tokenizer, prompt
+        )  # a fresh LoRA changes nothing, a fresh prefix does
         checkpoint = self.output.resume_point(self.settings.steps)
         try:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

@@ -189,7 +189,7 @@ def check_targets(model, targets: list[str]) -> None:
             raise BadInput(f"--target-modules: '{target}' is the output head, which TRL cannot train an adapter on")
 
 
-def add_adapter(model, *, targets: str, rank: int, alpha: float, dropout: float, dora: bool):
+def add_lora(model, *, targets: str, rank: int, alpha: float, dropout: float, dora: bool):
     from peft import LoraConfig, get_peft_model
 
     if targets != "all-linear":
@@ -207,3 +207,12 @@ def add_adapter(model, *, targets: str, rank: int, alpha: float, dropout: float,
         return get_peft_model(model, config)
     except ValueError as error:  # modules that exist but cannot carry an adapter
         raise BadInput(f"--target-modules: {one_line(error)}") from error
+
+
+def add_prefix(model, length: int, *, mlp: bool):
+    """mlp: the prefix is made by a network as wide as the keys (P-Tuning v2)."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    return get_peft_model(
+        model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, prefix_projection=mlp)
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
+from fastpeft.integrations.peft_prefix import accelerate_prefix, prefix_reasons, restore_prefix
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen, norm_cache
 from fastpeft.nn.dora import dora_forward
@@ -80,11 +81,14 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     for name, layer in layers:
         reason = _why_not(layer)
         rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
+    for name, reason in prefix_reasons(model).items():
+        rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
     if strict and not Report(rows).fused:
         raise ValueError(f"no adapter module of this model can be fused\n{Report(rows)}")
     close_cpu_trap(model)
     loss = fuse_loss(model)
-    for (_, layer), row in zip(layers, rows, strict=True):
+    accelerate_prefix(model)
+    for (_, layer), row in zip(layers, rows, strict=False):  # the rows of prefixes come after those of layers
         if row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
             layer._fold = fold
@@ -100,6 +104,7 @@ def restore(model: nn.Module) -> None:
             module.__class__ = _STOCK[type(module)]
             del module._fold
             restore_stock(module)
+    restore_prefix(model)
     restore_loss(model)
     reopen_cpu_trap(model)
 

@@ -4,5 +4,6 @@ from fastpeft.nn.adapter_files import load_adapter, save_adapter
 from fastpeft.nn.convert import convert
 from fastpeft.nn.dora import DoRALinear
 from fastpeft.nn.lora import LoRALinear
+from fastpeft.nn.prefix import PrefixEncoder
 
-__all__ = ["DoRALinear", "LoRALinear", "convert", "load_adapter", "save_adapter"]
+__all__ = ["DoRALinear", "LoRALinear", "PrefixEncoder", "convert", "load_adapter", "save_adapter"]

@@ -6,7 +6,19 @@ from fastpeft.ops.dora_norm import dora_norm
 from fastpeft.ops.lora_linear import lora_linear
 from fastpeft.ops.lora_linear_backends import TABLE as _LORA_LINEAR
 from fastpeft.ops.nf4 import nf4_dequantize, nf4_merge, nf4_quantize
+from fastpeft.ops.prefix_attention import prefix_attention
+from fastpeft.ops.prefix_attention_backends import TABLE as _PREFIX_ATTENTION
 
-__all__ = ["cross_entropy", "dora_linear", "dora_norm", "lora_linear", "nf4_dequantize", "nf4_merge", "nf4_quantize"]
+__all__ = [
+    "cross_entropy",
+    "dora_linear",
+    "dora_norm",
+    "lora_linear",
+    "nf4_dequantize",
+    "nf4_merge",
+    "nf4_quantize",
+    "prefix_attention",
+]
 
-TABLES = {"lora_linear": _LORA_LINEAR}  # op -> how it chooses its backend on a GPU
+# op -> how it chooses its backend on a GPU
+TABLES = {"lora_linear": _LORA_LINEAR, "prefix_attention": _PREFIX_ATTENTION}

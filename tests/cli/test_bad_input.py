@@ -141,6 +141,24 @@ def target_is_the_head(tmp):
     return {"target_modules": "lm_head"}, "output head"
 
 
+def rank_of_a_prefix(tmp):
+    return {"method": "prefix"}, "--rank: prefix has none"
+
+
+def prefix_of_lora(tmp):
+    return {"prefix_length": 4}, "--prefix-length: lora has none"
+
+
+def stock_prefix_with_checkpointing(tmp):
+    options = {"method": "prefix", "rank": None, "gradient_checkpointing": True}
+    return options | {"compare_steps": 1}, "--gradient-checkpointing: stock peft"
+
+
+def stock_p_tuning_v2_resumed(tmp):
+    options = {"method": "p-tuning-v2", "rank": None, "no_accelerate": True}
+    return options | {"resume": True}, "--resume: stock peft"
+
+
 def resume_and_overwrite(tmp):
     return {"resume": True, "overwrite": True}, "exclude"
 
@@ -156,7 +174,8 @@ CASES = [
     not_a_number,
     unknown_option, no_data, unknown_optimizer, no_such_folder, no_such_hub_model, folder_without_a_model, encoder,
     encoder_of_no_class, encoder_decoder, classifier, no_such_target, no_target, target_without_weights,
-    target_is_the_head, resume_and_overwrite, output_below_a_file,
+    target_is_the_head, rank_of_a_prefix, prefix_of_lora, stock_prefix_with_checkpointing, stock_p_tuning_v2_resumed,
+    resume_and_overwrite, output_below_a_file,
 ]  # fmt: skip
 
 

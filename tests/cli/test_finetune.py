@@ -91,6 +91,39 @@ def test_adapter_is_the_trained_one_in_stock_peft(method, finetune, trained, mod
     assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model_dir)
 
 
+@pytest.mark.parametrize("method", ["prefix", "p-tuning-v2"])
+def test_a_prefix_is_the_trained_one_in_stock_peft(method, finetune, trained, model_dir, tmp_path):
+    import torch
+
+    options = {"rank": None, "lr": None, "steps": 12, "prefix_length": 6}
+    code, _, err = finetune(method=method, compare_steps=1, **options)
+    assert (code, err) == (0, "")
+    stock = stock_model(model_dir, tmp_path / "run", False).eval()
+    ids = torch.arange(40).view(2, 20) * 5 % 250
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = trained["model"].eval()(input_ids=ids).logits.float()
+        theirs = stock(input_ids=ids).logits.float()
+        with stock.disable_adapter():
+            base = stock(input_ids=ids).logits.float()
+    assert (ours - theirs).norm() < 0.03 * (theirs - base).norm()
+    assert stock.prompt_encoder["default"].embedding.weight.shape == (6, 2 * 2 * 32)
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics["accelerated_modules"] == 1
+    assert metrics["eval_loss_after"] < metrics["eval_loss_before"] - 0.002
+    assert metrics["speedup"] == pytest.approx(metrics["step_ms_peft"] / metrics["step_ms_accelerated"])
+
+
+def test_a_prefix_trains_with_gradient_checkpointing(finetune, trained, tmp_path):
+    """peft refuses; the losses are those of a run without."""
+    options = {"method": "prefix", "rank": None}
+    assert finetune(output=tmp_path / "plain", **options)[0] == 0
+    code, _, err = finetune(output=tmp_path / "checkpointing", gradient_checkpointing=True, **options)
+    assert (code, err) == (0, "")
+    assert trained["model"].is_gradient_checkpointing
+    plain, checkpointing = (read_metrics(tmp_path / name)["eval_loss_after"] for name in ("plain", "checkpointing"))
+    assert checkpointing == pytest.approx(plain, abs=1e-4)
+
+
 def test_adapters_train_in_float32_on_a_4_bit_base(finetune, trained):
     import torch
 

@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 
 @pytest.fixture
@@ -47,6 +49,22 @@ def test_resumed_run_ends_as_the_uninterrupted_one(finetune, interrupt, monkeypa
     assert final_loss(parts) == pytest.approx(final_loss(whole), abs=2e-3)
     assert json.loads((parts / "metrics.json").read_text())["eval_loss_before"] > 5
     assert not (parts / "checkpoints").exists()
+
+
+def test_a_resumed_p_tuning_v2_has_its_mlp_back(finetune, interrupt, monkeypatch, tmp_path):
+    """peft saves what the MLP makes, from which it cannot be trained on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = {"method": "p-tuning-v2", "rank": None, "steps": 6}
+    assert finetune(output=whole, **options)[0] == 0
+    interrupt(5)
+    assert finetune(output=parts, **options)[0] == 130
+    monkeypatch.undo()
+    code, _, err = finetune(output=parts, resume=True, **options, no_accelerate=True)
+    assert code == 2
+    code, _, err = finetune(output=parts, resume=True, **options)
+    assert (code, err) == (0, "")
+    ours, theirs = (load_file(path / "adapter_model.safetensors")["prompt_embeddings"] for path in (parts, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 def test_interrupted_between_training_and_results(finetune, monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ TESTS = {
     "lora_linear": ("test_lora_kernels.py", "not decode"),
     "lora_linear_add": ("test_dora_linear_kernels.py", ""),
     "lora_linear_decode": ("test_lora_kernels.py", "decode"),
+    "prefix_attention_decode": ("test_prefix_attention_kernels.py", ""),
 }
 
 

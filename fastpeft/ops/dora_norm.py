@@ -35,8 +35,8 @@ _RULES = {
     "reference": backends.always,
 }
 
-# Elements of the weight that are in work at a time: 2 MB of float32, which stays in the second-level caches of two cores
-# and is little beside a large weight. Half of it took 1.1 to 1.3 times as long (the layers of SmolLM2-135M on a CPU).
+# Elements of the weight that are in work at a time: 2 MB of float32 that stay in the second-level caches of two cores
+# and are little beside a large weight. With half of them it took 1.1 to 1.3 times as long (the layers of SmolLM2-135M).
 _BLOCK = 2**19
 
 

@@ -67,18 +67,11 @@ def peft_config(method, config):
 def adapted(model, config, method):
     from peft import get_peft_model
 
-    if method.startswith("adapter-"):
-        bottlenecks = pytest.importorskip("fastpeft.nn.bottleneck_model", reason="no bottleneck adapters yet")
-        placement = method.removeprefix("adapter-")
-        bottlenecks.add_bottleneck(model, bottlenecks.BottleneckConfig(placement=placement, r=OPTIONS.bottleneck))
-        fastpeft.accelerate(model)
-        return model
     model = get_peft_model(model, peft_config(method, config))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if not fastpeft.accelerate(model).fused:
-        pytest.skip(f"accelerate leaves {method} to peft, which is not what is estimated")
+    fastpeft.accelerate(model, strict=True)  # what peft's own code allocates is not what is estimated
     return model
 
 
@@ -141,10 +134,6 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (LLAMA, "dora", 2, 128, False),
         (LLAMA, "dora", 2, 128, True),
         (LLAMA, "qdora", 1, 256, False),
-        (LLAMA, "ia3", 2, 128, False),
-        (LLAMA, "ia3", 2, 128, True),
-        (LLAMA, "adapter-houlsby", 2, 128, False),
-        (LLAMA, "adapter-houlsby", 2, 128, True),
         (LLAMA, "full", 4, 64, False),
         (LLAMA, "full", 1, 16, False),  # gradients outweigh activations
         (LLAMA, "full", 2, 128, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -111,12 +112,12 @@ def _relative_bias(stack: nn.Module) -> nn.Module | None:
     return next(biased, None)
 
 
-class StackHook:
+class StackHook(ABC):
     """Called before each call of a stack of layers: adds the prefix to its arguments and shifts its positions."""
 
+    @abstractmethod
     def current(self) -> tuple[list | None, list | None]:
         """Keys and values of self and of cross attention for the call that comes."""
-        raise NotImplementedError
 
     def attach(self, stack: nn.Module, *, shift: bool) -> None:
         self.stock, self.shift = stack.config._attn_implementation, 0

@@ -23,8 +23,8 @@ aten = torch.ops.aten
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 _LEAST_ROWS = 32
 
-# Where torch's flash attention is the faster way for many queries. On a CPU blocks are, or are as fast, from 64 to 4096
-# tokens (measured, AVX512-BF16); there only tests take it.
+# Where torch's flash attention is taken for many queries. On a CPU (AVX512-BF16) it is no faster on one thread, from 64
+# to 4096 tokens; on two it made a step of 1024 tokens 1.1 times as fast, one of 2 x 256 not. There only tests take it.
 _FLASH_DEVICES = ("cuda",)
 # Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)

@@ -6,6 +6,7 @@ import os
 import warnings
 import weakref
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 import fastpeft
 from fastpeft.integrations.peft import FusedLinear, FusedLinear4bit
-from tests.models import fill_adapters, gpt2, llama, loss_and_gradients, quantize, tokens, with_lora
+from tests.models import fill_adapters, gpt2, llama, loss_and_gradients, loss_curve, quantize, tokens, with_lora
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -101,22 +102,7 @@ def test_folded_updates(kind):
 
 def test_folded_updates_have_the_loss_curve_of_peft():
     """30 steps in bf16 over a 4-bit base: the folded update follows stock peft as closely as the added one does."""
-    base, ids = quantize(llama(BF16), BF16), tokens(4, 24)
-
-    def curve(prepare):
-        torch.manual_seed(0)
-        model = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-        prepare(model.train())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-        losses = []
-        for _ in range(30):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return torch.tensor(losses)
-
+    curve = partial(loss_curve, quantize(llama(BF16), BF16), tokens(4, 24))
     stock, added = curve(lambda model: None), curve(fastpeft.accelerate)
     folded = curve(lambda model: fastpeft.accelerate(model, fold=True))
     assert stock[-1] < stock[0] - 0.5  # it learns

@@ -1,6 +1,7 @@
 """accelerate for peft's DoRA: the same outputs, loss and gradients, and finite where peft gives NaN."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ import fastpeft
 from fastpeft.integrations.bitsandbytes import close_cpu_trap
 from fastpeft.integrations.peft import FusedLinear, FusedLinear4bit
 from tests.integrations.test_accelerate import assert_same
-from tests.models import fill_adapters, gpt2, llama, loss_and_gradients, quantize, tokens
+from tests.models import fill_adapters, gpt2, llama, loss_and_gradients, loss_curve, quantize, tokens
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = ("llama", "gpt2", "llama4bit")
@@ -117,24 +118,8 @@ def test_dropout_is_that_of_peft_given_the_same_mask(kind, monkeypatch):
 @pytest.mark.parametrize("kind", ("llama", "llama4bit"))
 def test_the_loss_curve_of_peft(kind):
     """30 steps of training with fused AdamW, which leaves versions as they are."""
-    base, ids = llama(), tokens(4, 24)
-    base = quantize(base, FP32) if kind == "llama4bit" else base
-
-    def curve(prepare) -> torch.Tensor:
-        torch.manual_seed(0)
-        options = LoraConfig(use_dora=True, r=8, lora_alpha=16, target_modules="all-linear")
-        model = get_peft_model(copy.deepcopy(base), options)
-        prepare(model.train())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, fused=True)
-        losses = []
-        for _ in range(30):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return torch.tensor(losses)
-
+    base = quantize(llama(), FP32) if kind == "llama4bit" else llama()
+    curve = partial(loss_curve, base, tokens(4, 24), use_dora=True)
     stock, fused = curve(lambda model: None), curve(fastpeft.accelerate)
     assert stock[-1] < stock[0] - 0.5  # it learns
     assert (fused - stock).abs().max() < 0.01

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
@@ -126,32 +125,29 @@ def _eager(weight, A, B, scaling) -> Tensor:
     A, B = A.to(wide), B.to(wide)
     norm = torch.empty(weight.shape[0], dtype=wide, device=A.device)
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
-    blocks = _dense_blocks if isinstance(weight, Tensor) else _nf4_blocks
-    for block, B_rows, norm_rows in zip(blocks(weight, rows, wide), B.split(rows), norm.split(rows), strict=True):
-        block.addmm_(B_rows, A, alpha=scaling)
-        torch.linalg.vector_norm(block, dim=1, out=norm_rows)
+    read = _dense_rows if isinstance(weight, Tensor) else _nf4_rows
+    for first in range(0, weight.shape[0], rows):
+        part = slice(first, first + rows)
+        block = read(weight, part, wide).addmm_(B[part], A, alpha=scaling)
+        torch.linalg.vector_norm(block, dim=1, out=norm[part])
+        del block  # before the next is made
     return norm
 
 
-def _dense_blocks(weight: Tensor, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Copies of `rows` rows at a time; each is overwritten by the next."""
-    memory = torch.empty(min(rows, weight.shape[0]), weight.shape[1], dtype=dtype, device=weight.device)
-    for block in weight.split(rows):
-        yield memory[: block.shape[0]].copy_(block)
+def _dense_rows(weight: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    return weight[rows].to(dtype, copy=True)
 
 
-def _nf4_blocks(weight: NF4Weight, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    N, K = weight.shape
-    size, numel = weight.blocksize, prod(weight.shape)
-    for row in range(0, N, rows):
-        start, end = row * K, min(row + rows, N) * K
-        # Quantization blocks may cross rows: the whole blocks that hold these rows, or all to the end of the weight.
-        first, last = start // size, min(-(-end // size), -(-numel // size))
-        stored = min(last * size, numel) - first * size
-        shape = (stored // size, size) if stored % size == 0 else (1, stored)
-        packed = weight.packed[first * size // 2 : -(-min(last * size, numel) // 2)]
-        part = NF4Weight(packed, _absmax(weight, first, last), shape, size, dtype).dequantize(dtype)
-        yield part.view(-1)[start - first * size : end - first * size].view(-1, K)
+def _nf4_rows(weight: NF4Weight, rows: slice, dtype: torch.dtype) -> Tensor:
+    K, size, numel = weight.shape[1], weight.blocksize, prod(weight.shape)
+    start, end = rows.start * K, min(rows.stop * K, numel)
+    # Quantization blocks may cross rows: the whole blocks that hold these rows, or all to the end of the weight.
+    first, last = start // size, min(-(-end // size), -(-numel // size))
+    stored = min(last * size, numel) - first * size
+    shape = (stored // size, size) if stored % size == 0 else (1, stored)
+    packed = weight.packed[first * size // 2 : -(-min(last * size, numel) // 2)]
+    part = NF4Weight(packed, _absmax(weight, first, last), shape, size, dtype).dequantize(dtype)
+    return part.view(-1)[start - first * size : end - first * size].view(-1, K)
 
 
 def _absmax(weight: NF4Weight, first: int, last: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +38,25 @@ def lora_forward(
     base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling, dropout_p: float, fold: bool = False
 ) -> Tensor:
     """`base(x) + scaling * dropout(x) A^T B^T`, fused; x: [..., K] -> [..., N] in the dtype that the base returns."""
+
+    def call(x: Tensor, weight: Tensor | NF4Weight) -> Tensor:
+        return lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p, fold=fold)
+
+    return in_type_of(base, x, call)
+
+
+def in_type_of(base: nn.Module, x: Tensor, call: Callable[[Tensor, Tensor | NF4Weight], Tensor]) -> Tensor:
+    """`call(x, weight)` in the type that `base` computes in, the result in the one that it returns."""
     weight = weight_of(base)
     if isinstance(weight, Tensor):
-        return lora_linear(x, weight, A, B, scaling, base.bias, dropout_p=dropout_p, fold=fold)
+        return call(x, weight)
     # A 4-bit base computes in a dtype of its own, settled at the first call, and converts back.
     if not base.compute_type_is_set:
         base.set_compute_type(x)
         base.compute_type_is_set = True
     # The gradients of the adapter would vanish in float16 under activations of a wider range.
     dtype = x.dtype if base.compute_dtype in (None, torch.float16) else base.compute_dtype
-    return lora_linear(x.to(dtype), weight, A, B, scaling, base.bias, dropout_p=dropout_p, fold=fold).to(x.dtype)
+    return call(x.to(dtype), weight).to(x.dtype)
 
 
 def freeze(base: nn.Module) -> None:

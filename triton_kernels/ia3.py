@@ -21,7 +21,7 @@ import triton.language as tl
 from .casts import to_float32
 from .products import check_features, load, load_tile, partials_of, share, store_tile, sum_partials
 
-COLUMNS, ROWS = 128, 32  # 16 lanes of 16 bytes: a row of a tile is two whole sectors of 128 bytes
+COLUMNS, ROWS = 128, 16  # a row of a tile is two whole sectors of 128 bytes, 16 lanes of 16 bytes; see above
 PROGRAMS = 8 * 132  # eight CTAs of four warps on each SM of an H100: half of what fits, and enough loads in flight
 MOST_SPLITS = 64
 

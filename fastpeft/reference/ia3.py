@@ -9,7 +9,7 @@ from fastpeft.reference.nf4 import nf4_dequantize
 
 
 def ia3_linear(x, weight, ia3_l, bias=None, *, feedforward=False) -> Tensor:
-    """`y = l * (x W^T + bias)`, or with feedforward `y = (l * x) W^T + bias`; arguments as in `fastpeft.ops.ia3_linear`.
+    """`y = l * (x W^T + bias)`, with feedforward `(l * x) W^T + bias`; arguments as in `fastpeft.ops.ia3_linear`.
 
     The product is computed in x's dtype; l multiplies in at least float32, and the result is rounded to x's dtype.
     """

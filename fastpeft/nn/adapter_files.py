@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastpeft.nn.convert import convert
 from fastpeft.nn.frozen import is_conv1d, is_supported, weight_of
+from fastpeft.nn.ia3_files import ia3_layers, ia3_state, load_ia3
 from fastpeft.nn.lora import LoRALinear
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,8 +38,8 @@ _PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into the folder `path`, as peft would.
 
-    model: with LoRALinear modules (see `convert`), or a PeftModel, whose active adapter peft writes. Each file is
-    written under a temporary name and renamed.
+    model: with LoRALinear or IA3Linear modules (see `convert`), or a PeftModel, whose active adapter peft writes. Each
+    file is written under a temporary name and renamed.
 
     Raises ValueError when there is no adapter, or when the layers differ in dropout or rslora, which the format cannot
     hold.
@@ -47,9 +48,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     if _is_peft_model(model):
         _save_peft(model, path)
         return
+    if ia3_layers(model):
+        if _lora_layers(model):
+            raise ValueError("the model has LoRALinear and IA3Linear modules; an adapter file holds one method")
+        _save(path, *ia3_state(model))
+        return
     layers = _lora_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRALinear; make them with fastpeft.convert")
+        raise ValueError("the model has no LoRALinear and no IA3Linear; make them with fastpeft.convert")
     config = _config(model, layers)
     tensors = {}
     for name, layer in layers.items():
@@ -57,6 +63,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
             weight = getattr(layer, f"lora_{part}").weight
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = weight.detach().cpu().contiguous()
 
+    _save(path, config, tensors)
+
+
+def _save(path: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)
@@ -65,7 +75,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> list[str]:
-    """Loads a LoRA adapter from the folder `path`, whether peft or fastpeft wrote it; returns the adapted modules.
+    """Loads a LoRA or (IA)^3 adapter from the folder `path`, written by peft or fastpeft; returns the adapted modules.
 
     model: without adapters, then the modules that the file names are wrapped as by `convert`; or with LoRALinear
     modules, then the file must name the same ones with the same ranks and its alpha takes the place of theirs.
@@ -78,6 +88,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> list[str]:
     if _is_peft_model(model):
         raise TypeError("this is a PeftModel: use model.load_adapter(path, adapter_name) of peft")
     config, tensors = _read(path)
+    if config.get("peft_type") == "IA3":
+        return load_ia3(model, config, tensors, path)
     _check_meaning(config, path)
     factors = _factors(tensors, path)
     layers = _lora_layers(model)

@@ -6,7 +6,6 @@ state-dict keys stay as they are, whatever they are (4-bit, with LoRA, compiled)
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.nn import frozen
+from fastpeft.nn.adapter_files import _read, _save
 from fastpeft.nn.bottleneck import NORMS, BottleneckAdapter
 from fastpeft.reference.bottleneck import ACTIVATIONS
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METHOD = "bottleneck"
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -248,10 +247,6 @@ def save_bottleneck(model: nn.Module, path: str | os.PathLike, name: str | None 
     Keys are `<place>.<parameter>`, without the name: it may be loaded under another. Each file is written under a
     temporary name and renamed. Raises ValueError where there is no such adapter.
     """
-    from safetensors.torch import save_file
-
-    from fastpeft.nn.adapter_files import _write
-
     name = active_bottleneck(model) if name is None else name
     config = bottleneck_config(model, name)
     tensors = {
@@ -261,10 +256,7 @@ def save_bottleneck(model: nn.Module, path: str | os.PathLike, name: str | None 
         for key, tensor in adapters[name].state_dict().items()
     }
     described = {"method": METHOD, "base_model_name_or_path": getattr(model, "name_or_path", None) or None}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    _write(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _write(path / CONFIG, lambda file: file.write_text(json.dumps(described | asdict(config), indent=2) + "\n"))
+    _save(Path(path), described | asdict(config), tensors)
 
 
 def load_bottleneck(model: nn.Module, path: str | os.PathLike, name: str = "default") -> list[str]:
@@ -273,8 +265,6 @@ def load_bottleneck(model: nn.Module, path: str | os.PathLike, name: str = "defa
     Raises ValueError, before the model is touched, for files that are missing, malformed or of another method, that do
     not fit the model, and for a name that is taken. Nothing is unpickled.
     """
-    from fastpeft.nn.adapter_files import _read
-
     path = Path(path)
     described, tensors = _read(path)
     if described.pop("method", None) != METHOD:
@@ -282,7 +272,7 @@ def load_bottleneck(model: nn.Module, path: str | os.PathLike, name: str = "defa
     described.pop("base_model_name_or_path", None)
     known = {field.name for field in fields(BottleneckConfig)}
     if set(described) != known:
-        raise ValueError(f"{path / CONFIG} should have {sorted(known)}; it has {sorted(described)}")
+        raise ValueError(f"{path} should have {sorted(known)}; it has {sorted(described)}")
     config = BottleneckConfig(**described)
     # What the model should bring: on "meta" an adapter costs nothing.
     places = [place for place, *_ in _places(model, config)]

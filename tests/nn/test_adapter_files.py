@@ -115,7 +115,7 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
     case("none", "holds no adapter_model.safetensors", new_tensors=False)
     case("damaged", "is damaged", raw=b"\x10\x00\x00\x00\x00\x00\x00\x00not safetensors")
     case("dora", "not a plain LoRA adapter.*use_dora", new_config=config | {"use_dora": True})
-    case("ia3", "not a plain LoRA adapter.*IA3", new_config=config | {"peft_type": "IA3"})
+    case("loha", "not a plain LoRA adapter.*LOHA", new_config=config | {"peft_type": "LOHA"})
     case("half", "has only lora_A", new_tensors={key: tensors[key]})
     case("odd", "is not the name of a LoRA matrix", new_tensors=tensors | {"something.else": torch.zeros(1)})
     case("shape", "q_proj has A", new_tensors=tensors | {key: torch.zeros(4, 7)})

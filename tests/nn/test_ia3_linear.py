@@ -1,11 +1,16 @@
 """IA3Linear: starts as its base, trains its vector alone, merges dense and into 4 bits."""
 
+import copy
+import json
+
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
+from fastpeft.integrations.bitsandbytes import close_cpu_trap
 from fastpeft.nn import IA3Linear
 from tests.models import gpt2, llama, quantize, tokens
 
@@ -98,3 +103,71 @@ def test_convert_a_model(kind):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2", "llama4bit"))
+def test_files_are_those_of_peft_both_ways(kind, tmp_path):
+    def plain():
+        return copy.deepcopy(base).eval()
+
+    base = gpt2() if kind == "gpt2" else llama()
+    if kind == "llama4bit":
+        base = quantize(base, FP32)
+        close_cpu_trap(base)  # as accelerate does: an evaluation would change layers that have no adapter
+    keys, last = (["c_attn"], "mlp.c_proj") if kind == "gpt2" else (["k_proj", "v_proj"], "down_proj")
+    model, ids = plain(), tokens()
+    fastpeft.convert(model, IA3Linear, keys)
+    fastpeft.convert(model, lambda linear: IA3Linear(linear, feedforward=True), [last])
+    for layer in model.modules():
+        if isinstance(layer, IA3Linear):
+            trained(layer)
+    with torch.no_grad():
+        expected = model(ids).logits
+        fastpeft.save_adapter(model, tmp_path / "ours")
+        again = plain()
+        names = fastpeft.load_adapter(again, tmp_path / "ours")
+        assert len(names) == (4 if kind == "gpt2" else 6) and torch.equal(again(ids).logits, expected)
+        fastpeft.load_adapter(again, tmp_path / "ours")  # a second time, into the modules that are there
+        theirs = PeftModel.from_pretrained(plain(), tmp_path / "ours")
+        fastpeft.accelerate(theirs, strict=True)
+        assert torch.allclose(theirs(ids).logits, expected, atol=1e-5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        again = plain()
+        fastpeft.load_adapter(again, tmp_path / "theirs")
+        assert torch.equal(again(ids).logits, expected)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    model = llama()
+    fastpeft.convert(model, IA3Linear, ["k_proj"])
+    fastpeft.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    other = gpt2()
+    keys = list(other.state_dict())
+    with pytest.raises(ValueError, match="which the model has not"):
+        fastpeft.load_adapter(other, tmp_path)
+    different = llama()
+    fastpeft.convert(different, IA3Linear, ["v_proj"])
+    with pytest.raises(ValueError, match="adapt different modules"):
+        fastpeft.load_adapter(different, tmp_path)
+    turned = llama()
+    fastpeft.convert(turned, lambda linear: IA3Linear(linear, feedforward=True), ["k_proj"])
+    with pytest.raises(ValueError, match=r"a vector \(64, 1\).*needs \(1, 128\)"):
+        fastpeft.load_adapter(turned, tmp_path)
+    path.write_text(json.dumps(config | {"modules_to_save": ["score"]}))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        fastpeft.load_adapter(llama(), tmp_path)
+    assert keys == list(other.state_dict())
+    fastpeft.convert(model, fastpeft.nn.LoRALinear, ["q_proj"])
+    with pytest.raises(ValueError, match="one method"):
+        fastpeft.save_adapter(model, tmp_path)
+
+
+def test_tensors_of_another_method_are_refused(tmp_path):
+    model = llama()
+    fastpeft.convert(model, fastpeft.nn.LoRALinear, ["q_proj"])
+    fastpeft.save_adapter(model, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(ValueError, match="should hold vectors"):
+        fastpeft.load_adapter(llama(), tmp_path)

@@ -151,11 +151,11 @@ def _bottleneck(kernels) -> Launches:
         case = _case(dtype=dtype, bias=bias_dtype, R=R, K=K, activation=activation)
         forward = (x, down, up, *biases, residual, activation, 0.5, y, pre)
         yield f"bottleneck_fwd {case}", partial(kernels.bottleneck_fwd, *forward)
-        backward = (y, pre, up, down, y, activation, 0.5, pre, x)
+        backward = (y, pre, up, down, y, activation, 0.5, pre, pre, x)
         yield f"bottleneck_bwd {case}", partial(kernels.bottleneck_bwd, *backward)
-        for name, of in (("up", activation), ("down", None)):
-            out = torch.empty(R + (of is not None), K, dtype=torch.float32, device="meta")
-            yield f"bottleneck_grad {name} {case}", partial(kernels.bottleneck_grad, pre, x, of, 0.5, out)
+        for name, rows in (("up", R + 1), ("down", R)):
+            out = torch.empty(rows, K, dtype=torch.float32, device="meta")
+            yield f"bottleneck_grad {name} {case}", partial(kernels.bottleneck_grad, pre, x, 0.5, out)
 
 
 TRITON: dict[str, Callable[..., Launches]] = {

@@ -1,8 +1,8 @@
 """bottleneck: down to few features, an activation, and up again, in one kernel for each direction.
 
     forward   pre = x D^T + b_d             y  = residual + scaling * (act(pre) U^T + b_u)
-    backward  dpre = scaling * act'(pre) * (dy U)       dx = residual + dpre D
-    factors   dD = dpre^T x,  dU^T = scaling * act(pre)^T dy  and, a row more, scaling * sum of dy
+    backward  dpre = scaling * act'(pre) * (dy U)       dx = residual + dpre D        hidden = act(pre)
+    factors   dD = dpre^T x,  dU^T = scaling * hidden^T dy  and, a row more, scaling * sum of dy
 
 Forward and backward are one kernel: a product over all features, something elementwise on few, and a product back.
 Launchers as in `lora_linear.py`; factors come in x's dtype, biases in any. `pre` is rounded before the activation, so
@@ -12,7 +12,9 @@ Work split: a program of `bottleneck_kernel` takes 64 tokens and all ranks, up t
 features and sums in registers; what is elementwise stays there too, and is the left operand of the second loop, whose
 tiles of the output are each a single product. The residual, mostly x or dy itself, is read a second time; a program
 has passed over 64 x 4096 of it, 0.5 MB, so it comes from L2 as far as the 50 MB are shared by all programs. One of
-`bottleneck_grad_kernel` owns features and a block of ranks and walks over the tokens (see `lora_down_grad`).
+`bottleneck_grad_kernel` owns features and a block of ranks and walks over the tokens (see `lora_down_grad`). What the
+activation gave is written once by backward: made anew by each of these programs, GELU took 41 instructions an element
+of dy, twice the time that dy takes to come.
 
 Shared memory: a stage of the first loop holds a tile of x [64, depth] and one of the factor [ranks, depth], the second
 loop the hidden tile [64, ranks] and stages of [ranks, columns]. TILES keeps both below the 99 kB of sm_86 to sm_120.
@@ -84,6 +86,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
 def bottleneck_kernel(
     out,
     small,
+    hidden_out,
     x,
     pre,
     first,
@@ -109,7 +112,8 @@ def bottleneck_kernel(
 ):
     """Of 64 tokens: small[m, r] from sum_c x[m, c] first[r, c], and out[m, n] from sum_r hidden[m, r] second[r, n].
 
-    Forward `small` is pre, backward it is dpre, `x` is dy and there are no biases. out, None where it is not wanted.
+    Forward `small` is pre. Backward it is dpre, `x` is dy, there are no biases, and `hidden_out` gets act(pre). out may
+    be None.
     """
     m0 = tl.program_id(0).to(tl.int64) * BM
     acc = tl.zeros([BM, BR], tl.float32)
@@ -118,7 +122,9 @@ def bottleneck_kernel(
         acc = dot(tile, load_tile(first, 0, c0, first_r, first_c, R, C, BR, BC).T, acc)
     dtype: tl.constexpr = x.dtype.element_ty
     if BACKWARD:
-        acc *= scaling * _slope(to_float32(load_tile(pre, m0, 0, R, 1, M, R, BM, BR)), ACTIVATION)
+        before = to_float32(load_tile(pre, m0, 0, R, 1, M, R, BM, BR))
+        store_tile(hidden_out, _activate(before, ACTIVATION), m0, 0, R, 1, M, R)
+        acc *= scaling * _slope(before, ACTIVATION)
         hidden = round_to(acc, dtype)
         store_tile(small, acc, m0, 0, R, 1, M, R)
     else:
@@ -151,13 +157,12 @@ def bottleneck_grad_kernel(
     M,
     C,
     R,
-    ACTIVATION: tl.constexpr,
+    SUMS: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[r, c] = scaling * sum_m act(small[m, r]) x[m, c], with an activation out[R, c] = scaling * sum_m x[m, c]; or
-    a part of it."""
+    """out[r, c] = scaling * sum_m small[m, r] x[m, c], with SUMS out[R, c] = scaling * sum_m x[m, c]; or a part."""
     rank_blocks = tl.cdiv(R, BR)
     c0 = tl.program_id(0) // rank_blocks * BC
     r0 = tl.program_id(0) % rank_blocks * BR
@@ -165,25 +170,21 @@ def bottleneck_grad_kernel(
     begin, end = share(M, BM, split, tl.num_programs(1))
     acc = tl.zeros([BR, BC], tl.float32)
     sums = tl.zeros([BC], tl.float32)
-    rows = R
-    if ACTIVATION is not None:
-        rows += 1
+    rows = R + 1 if SUMS else R
     for m0 in range(begin, end, BM):
         tile = load_tile(x, m0, c0, C, 1, M, C, BM, BC)
-        hidden = load_tile(small, m0, r0, R, 1, M, R, BM, BR)
-        if ACTIVATION is not None:
-            hidden = round_to(_activate(to_float32(hidden), ACTIVATION), hidden.dtype)
+        if SUMS:
             sums += tl.sum(to_float32(tile), 0)
-        acc = dot(hidden.T, tile, acc)
+        acc = dot(load_tile(small, m0, r0, R, 1, M, R, BM, BR).T, tile, acc)
     out += split.to(tl.int64) * rows * C
     store_tile(out, acc * scaling, r0, c0, C, 1, R, C)
-    if ACTIVATION is not None:  # noqa: SIM102, one of the two is known to the compiler
+    if SUMS:  # noqa: SIM102, one of the two is known to the compiler
         if r0 == 0:
             c = c0 + tl.arange(0, BC)
             tl.store(out + tl.cast(R, tl.int64) * C + c, sums * scaling, mask=c < C)
 
 
-def _bottleneck(out, small, x, pre, first, second, strides, biases, residual, scaling, activation, backward):
+def _bottleneck(out, small, hidden, x, pre, first, second, strides, biases, residual, scaling, activation, backward):
     (M, C), R = x.shape, small.shape[1]
     N = C if out is None else out.shape[1]
     check_features(C, N)
@@ -192,6 +193,7 @@ def _bottleneck(out, small, x, pre, first, second, strides, biases, residual, sc
     bottleneck_kernel[(triton.cdiv(M, form.tile.rows),)](
         out,
         small,
+        hidden,
         x,
         pre,
         first,
@@ -225,23 +227,23 @@ def bottleneck_fwd(x, down, up, down_bias, up_bias, residual, activation, scalin
     ValueError where K or N exceeds 2**22.
     """
     strides = (down.shape[1], 1, 1, up.shape[1])
-    _bottleneck(y, pre, x, None, down, up, strides, (down_bias, up_bias), residual, scaling, activation, False)
+    _bottleneck(y, pre, None, x, None, down, up, strides, (down_bias, up_bias), residual, scaling, activation, False)
 
 
-def bottleneck_bwd(dy, pre, up, down, residual, activation, scaling, dpre, dx):
-    """dpre = scaling * act'(pre) * (dy U), dx = residual + dpre D.
+def bottleneck_bwd(dy, pre, up, down, residual, activation, scaling, dpre, hidden, dx):
+    """dpre = scaling * act'(pre) * (dy U), hidden = act(pre), dx = residual + dpre D.
 
-    dy: [M, N]. residual: [M, K] or None. dpre: [M, R]. dx: [M, K], or None where it is not wanted. The rest as above.
+    dy: [M, N]. residual: [M, K] or None. dpre, hidden: [M, R]. dx: [M, K], or None where it is not wanted. The rest as
+    above.
     """
     strides = (1, up.shape[1], down.shape[1], 1)
-    _bottleneck(dx, dpre, dy, pre, up, down, strides, (None, None), residual, scaling, activation, True)
+    _bottleneck(dx, dpre, hidden, dy, pre, up, down, strides, (None, None), residual, scaling, activation, True)
 
 
-def bottleneck_grad(small, x, activation, scaling, out):
-    """out = scaling * act(small)^T x, and with an activation, in a row more, scaling * the sum of x over m.
+def bottleneck_grad(small, x, scaling, out):
+    """out = scaling * small^T x, and where out has a row more, there scaling * the sum of x over m.
 
-    small: [M, R], x: [M, C] of one dtype. activation: a name, or None for small as it is. out: [R, C] float32, with an
-    activation [R + 1, C].
+    small: [M, R], x: [M, C] of one dtype. out: [R, C] or [R + 1, C] float32.
     """
     (M, C), R = x.shape, small.shape[1]
     check_features(C)
@@ -258,7 +260,7 @@ def bottleneck_grad(small, x, activation, scaling, out):
         M,
         C,
         R,
-        ACTIVATION=activation,
+        SUMS=out.shape[0] > R,
         BM=GRAD_TILE.depth,
         BC=GRAD_TILE.columns,
         BR=block,

@@ -114,16 +114,16 @@ class Triton:
         (M, N), (R, K) = dy.shape, down.shape
         dx = ddown = dup = ddown_bias = dup_bias = None
         with _native.stream_on(dy.device):
-            if need_x or need_down or need_down_bias:
-                dpre, dx = dy.new_empty(M, R), dy.new_empty(M, K) if need_x else None
+            if any(needs):
+                dpre, hidden, dx = dy.new_empty(M, R), dy.new_empty(M, R), dy.new_empty(M, K) if need_x else None
                 if M:
                     factors = up.to(dy.dtype).contiguous(), down.to(dy.dtype).contiguous()
                     added = dy if adds_x else None
-                    _triton().bottleneck_bwd(dy, pre, *factors, added, activation, scaling, dpre, dx)
+                    _triton().bottleneck_bwd(dy, pre, *factors, added, activation, scaling, dpre, hidden, dx)
             if need_down:
                 ddown = dy.new_zeros(R, K, dtype=torch.float32)
                 if M and ddown.numel():
-                    _triton().bottleneck_grad(dpre, x.contiguous(), None, 1.0, ddown)
+                    _triton().bottleneck_grad(dpre, x.contiguous(), 1.0, ddown)
                 ddown = ddown.to(down.dtype)
             if need_down_bias:
                 ddown_bias = dpre.sum(0, dtype=_wide(down_bias)).to(down_bias.dtype)
@@ -131,7 +131,7 @@ class Triton:
                 # The last row: the sums of dy.
                 rows = dy.new_zeros(R + 1, N, dtype=torch.float32)
                 if M and N:
-                    _triton().bottleneck_grad(pre, dy, activation, scaling, rows)
+                    _triton().bottleneck_grad(hidden, dy, scaling, rows)
                 dup = rows[:R].t().to(up.dtype).contiguous() if need_up else None
                 dup_bias = rows[R].to(up_bias.dtype) if need_up_bias else None
         return [dx, ddown, dup, ddown_bias, dup_bias]

@@ -8,13 +8,13 @@ Forward and backward are one kernel: a product over all features, something elem
 Launchers as in `lora_linear.py`; factors come in x's dtype, biases in any. `pre` is rounded before the activation, so
 that backward, which makes the activation anew, finds what forward used.
 
-Work split: a program of `bottleneck_kernel` takes 64 tokens and all ranks, up to 256. The first loop walks over the
-features and sums in registers; what is elementwise stays there too, and is the left operand of the second loop, whose
-tiles of the output are each a single product. The residual, mostly x or dy itself, is read a second time; a program
-has passed over 64 x 4096 of it, 0.5 MB, so it comes from L2 as far as the 50 MB are shared by all programs. One of
-`bottleneck_grad_kernel` owns features and a block of ranks and walks over the tokens (see `lora_down_grad`). What the
-activation gave is written once by backward: made anew by each of these programs, GELU took 41 instructions an element
-of dy, twice the time that dy takes to come.
+Work split: a program of `bottleneck_kernel` takes 64 tokens (32 above 128 ranks) and all ranks, up to 256. The first
+loop walks over the features and sums in registers; what is elementwise stays there too, and is the left operand of the
+second loop, whose tiles of the output are each a single product. The residual, mostly x or dy itself, is read a second
+time; a program has passed over 64 x 4096 of it, 0.5 MB, so it comes from L2 as far as the 50 MB are shared by all
+programs. One of `bottleneck_grad_kernel` owns features and a block of ranks and walks over the tokens (see
+`lora_down_grad`). What the activation gave is written once by backward: made anew by each of these programs, GELU took
+41 instructions an element of dy, twice the time that dy takes to come.
 
 Shared memory: a stage of the first loop holds a tile of x [64, depth] and one of the factor [ranks, depth], the second
 loop the hidden tile [64, ranks] and stages of [ranks, columns]. TILES keeps both below the 99 kB of sm_86 to sm_120.
@@ -47,7 +47,7 @@ class Form:
 FORMS = {
     64: Form(Tile(64, 64, 64, 4, 3), 64),
     128: Form(Tile(64, 128, 64, 8, 2), 64),
-    256: Form(Tile(64, 256, 32, 8, 2), 32),
+    256: Form(Tile(32, 256, 32, 8, 2), 32),  # with 64 tokens backward spilled
 }
 GRAD_TILE = Tile(64, 128, 64, 8, 3)
 
@@ -110,7 +110,7 @@ def bottleneck_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Of 64 tokens: small[m, r] from sum_c x[m, c] first[r, c], and out[m, n] from sum_r hidden[m, r] second[r, n].
+    """Of BM tokens: small[m, r] from sum_c x[m, c] first[r, c], and out[m, n] from sum_r hidden[m, r] second[r, n].
 
     Forward `small` is pre. Backward it is dpre, `x` is dy, there are no biases, and `hidden_out` gets act(pre). out may
     be None.

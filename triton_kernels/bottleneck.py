@@ -17,7 +17,7 @@ programs. One of `bottleneck_grad_kernel` owns features and a block of ranks and
 41 instructions an element of dy, twice the time that dy takes to come.
 
 Shared memory: a stage of the first loop holds a tile of x [64, depth] and one of the factor [ranks, depth], the second
-loop the hidden tile [64, ranks] and stages of [ranks, columns]. TILES keeps both below the 99 kB of sm_86 to sm_120.
+loop the hidden tile [64, ranks] and stages of [ranks, columns]. FORMS keeps both below the 99 kB of sm_86 to sm_120.
 
 Cost, modelled, for 8192 tokens of 4096 features and 64 ranks, bf16, residual x, on an H100 (3.0 TB/s, 800 TFLOP/s):
 forward 67 MB of x, 67 MB of y, and 67 MB of the residual where L2 has lost it, 45 to 67 us; products 11 us. Backward

@@ -84,6 +84,21 @@ def nf4_merge(
     )
 
 
+def dora_norm(
+    N: int, K: int, R: int, adapter_itemsize: int, blocksize: int | None = 64, nested: bool = True, itemsize: int = 2
+) -> Cost:
+    """|W + scaling * B A| of each row; blocksize None: a dense W of `itemsize`. An element: dequantization, scaling and
+    sum, square and sum. float32 adapters are six products of bfloat16: 24 bits are three times 8."""
+    stored = N * K * itemsize if blocksize is None else nf4_storage_bytes(N * K, blocksize, nested)
+    dequantize = 0 if blocksize is None else nf4_dequantize(N * K, itemsize, blocksize, nested).cuda_core_ops
+    return Cost(
+        read_bytes=stored + R * (N + K) * adapter_itemsize,
+        written_bytes=N * _FLOAT,
+        cuda_core_ops=dequantize + (4 if R else 2) * N * K,
+        tensor_core_ops=2 * N * K * R * (6 if adapter_itemsize == _FLOAT else 1),
+    )
+
+
 def lora_linear_decode(
     M: int, N: int, K: int, R: int, itemsize: int, blocksize: int = 64, nested: bool = True, dense: bool = False
 ) -> Cost:
@@ -138,12 +153,27 @@ def lora_up_grad(M: int, N: int, R: int, itemsize: int) -> Cost:
     )
 
 
-def lora_add(M: int, N: int, R: int, itemsize: int) -> Cost:
-    """y += scale * xa B^T."""
+def dora_linear_add(M: int, N: int, itemsize: int, operands: int = 2) -> Cost:
+    """out = keep * gain * x + offset, of `operands` matrices, one or two."""
     return Cost(
-        read_bytes=(M * N + M * R + N * R) * itemsize,
+        read_bytes=operands * M * N * itemsize + N * _FLOAT,
         written_bytes=M * N * itemsize,
         cuda_core_ops=2 * M * N,
+    )
+
+
+def dora_linear_gain_grad(M: int, N: int, itemsize: int) -> Cost:
+    """d_gain = sum of dy * z over the tokens."""
+    return Cost(read_bytes=2 * M * N * itemsize, written_bytes=N * _FLOAT, cuda_core_ops=2 * M * N)
+
+
+def lora_add(M: int, N: int, R: int, itemsize: int, gain: bool = False) -> Cost:
+    """y += scale * xa B^T; with DoRA's gain out = gain * y + bias too."""
+    outputs = 2 if gain else 1
+    return Cost(
+        read_bytes=(M * N + M * R + N * R) * itemsize + (N * (_FLOAT + itemsize) if gain else 0),
+        written_bytes=outputs * M * N * itemsize,
+        cuda_core_ops=2 * outputs * M * N,
         tensor_core_ops=2 * M * N * R,
     )
 

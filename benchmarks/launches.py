@@ -126,6 +126,57 @@ def _lora_weight(weight, dtype, N, K, **_) -> Tensor | tuple:
     return packed, _tensor(blocks, torch.uint8, True), *nested, 64
 
 
+def _dora_norm(kernels) -> Launches:
+    # The dtypes decide the product, the weight and K how weights are loaded: in full, once at best and once at worst.
+    # What else there is, is varied with those at rest.
+    usual = dict(weight="nf4 nested", adapter="bf16", blocksize=64, K=4096, R=16, aligned=True, factor=False)
+    dtypes = [(weight, adapter) for weight in ("nf4", "nf4 nested") for adapter in _DTYPES]
+    dtypes += [(half, adapter) for half in ("bf16", "fp16") for adapter in (half, "fp32")]
+    variants = [dict(weight=weight, adapter=adapter) for weight, adapter in dtypes]
+    variants += [variant | dict(K=4095, R=100, aligned=False, factor=True) for variant in variants]
+    variants += [dict(blocksize=blocksize) for blocksize in (32, 4096)]
+    variants += [dict(adapter="fp32", R=64), dict(R=13), dict(R=0), dict(K=4104), dict(K=32), dict(factor=True)]
+    for variant in variants:
+        yield f"dora_norm {_case(**usual | variant)}", _dora_norm_launch(kernels, **usual | variant)
+
+
+def _dora_norm_launch(kernels, weight, adapter, blocksize, K, R, aligned, factor) -> Callable[[], None]:
+    N = 4096
+    if weight in _DTYPES:
+        storage = _tensor(N * K, _DTYPES[weight], aligned).view(N, K)
+    else:
+        blocks = -(-N * K // blocksize)
+        absmax = _tensor(blocks, torch.uint8 if "nested" in weight else torch.float32, aligned)
+        sizes = (_GROUP, -(-blocks // _GROUP), 1)
+        nested = [_tensor(n, torch.float32, aligned) if "nested" in weight else None for n in sizes]
+        storage = (_tensor(-(-N * K // 2), torch.uint8, aligned), absmax, *nested, blocksize)
+    A, B = (
+        _tensor(rows * columns, _DTYPES[adapter], aligned).view(rows, columns) for rows, columns in ((R, K), (N, R))
+    )
+    norm = _tensor(N, torch.float32, aligned)
+    scaling = _tensor(1, torch.float32, aligned) if factor else None
+    return partial(kernels.dora_norm, storage, A, B, 2.0, scaling, norm)
+
+
+def _dora_linear(kernels) -> Launches:
+    # What add leaves out (gain, offset, the mask) and what is a row or a matrix; then rows that no vector divides.
+    parts = [dict(gain=True, offset="row", keep=False), dict(gain=True, offset="matrix", keep=True)]
+    parts += [dict(gain=False, offset=None, keep=True), dict(gain=True, offset=None, keep=False)]
+    cases = [dict(dtype=dtype, N=4096) | part for dtype, part in product(("bf16", "fp16"), parts)]
+    cases += [case | dict(N=1001) for case in cases[:2]]
+    for case in cases:
+        dtype, N = _DTYPES[case["dtype"]], case["N"]
+        x, row = torch.empty(8192, N, dtype=dtype, device="meta"), torch.empty(N, dtype=dtype, device="meta")
+        gain, seed = row.float() if case["gain"] else None, row[:1].long() if case["keep"] else None
+        offset = {"row": row, "matrix": x, None: None}[case["offset"]]
+        launch = partial(kernels.dora_linear_add, x, gain, offset, seed, 0.1 if case["keep"] else 0.0, x)
+        yield f"dora_linear_add {_case(**case)}", launch
+    for dtype, M, N in (("bf16", 8192, 4096), ("fp16", 8192, 4096), ("bf16", 8192, 1001), ("bf16", 16, 4096)):
+        x, gain = torch.empty(M, N, dtype=_DTYPES[dtype], device="meta"), torch.empty(N, device="meta")
+        case = _case(dtype=dtype, M=M, N=N)
+        yield f"dora_linear_gain_grad {case}", partial(kernels.dora_linear_gain_grad, x, x, gain)
+
+
 def _ia3(kernels) -> Launches:
     # Backward with both gradients, each alone, and forward. Both dtypes; columns that no tile divides.
     for (dtype, C), wanted in product((("bf16", 4096), ("fp16", 1001)), (("dx", "sums"), ("sums",), ("dx",))):
@@ -160,6 +211,8 @@ def _bottleneck(kernels) -> Launches:
 
 TRITON: dict[str, Callable[..., Launches]] = {
     "nf4": _nf4,
+    "dora_norm": _dora_norm,
+    "dora_linear": _dora_linear,
     "lora_linear": _lora_linear,
     "ia3": _ia3,
     "bottleneck": _bottleneck,

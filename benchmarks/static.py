@@ -145,6 +145,15 @@ SUBJECTS = (
         cold=("LDG.E.U16",),  # where A is not aligned
     ),
     Subject(
+        "dora_norm, NF4 nested, bf16 adapters of rank 16",
+        "dora_norm",
+        cuda="dora_norm_kernel<Nf4Vectors<true>, __nv_bfloat16, 1>",
+        triton=None,  # it loads A by the same instruction as the codes
+        cost=lambda N, K: costs.dora_norm(N, K, 16, 2, _BLOCKSIZE),
+        elements=lambda N, K: N * K,
+        counted=(r"LDG\.E\.EF", 0.5),  # the codes alone are not to stay in the caches
+    ),
+    Subject(
         "nf4_quantize, bf16",
         "nf4",
         cuda="nf4_quantize_kernel<__nv_bfloat16, true>",
@@ -226,12 +235,40 @@ SUBJECTS = (
     Subject(
         f"lora_add, bf16, rank {_RANK}, M = {_TOKENS}",
         "lora_linear",
-        cuda="lora_add_kernel<__nv_bfloat16, false>",
+        cuda="lora_add_kernel<__nv_bfloat16, false, false>",
         triton=None,
         cost=lambda N, K: costs.lora_add(_TOKENS, N, _RANK, 2),
         elements=lambda N, K: _TOKENS * N,
         counted=(r"STG\.E\.128", 2),  # the way of a float32 B, which loads most
         trips={"HMMA": _RANK // 32},  # the ranks that are in shared memory at a time
+    ),
+    Subject(
+        f"lora_add with DoRA's gain, bf16, rank {_RANK}, M = {_TOKENS}",
+        "lora_linear",
+        cuda="lora_add_kernel<__nv_bfloat16, false, true>",
+        triton=None,
+        cost=lambda N, K: costs.lora_add(_TOKENS, N, _RANK, 2, gain=True),
+        elements=lambda N, K: _TOKENS * N,
+        counted=(r"STG\.E\.128", 4),  # both outputs
+        trips={"HMMA": _RANK // 32},
+    ),
+    Subject(
+        f"dora_linear_gain_grad, bf16, M = {_TOKENS}",
+        "dora_linear",
+        cuda="dora_linear_gain_grad_kernel<__nv_bfloat16, true>",
+        triton=f"dora_linear_gain_grad dtype=bf16 M={_TOKENS} N=4096",
+        cost=lambda N, K: costs.dora_linear_gain_grad(_TOKENS, N, 2),
+        elements=lambda N, K: _TOKENS * N,
+        counted=(r"LDG\.E\.128", 4),  # dy and z
+    ),
+    Subject(
+        f"dora_linear_add with dropout, bf16, M = {_TOKENS}",
+        "dora_linear",
+        cuda="dora_linear_add_kernel<__nv_bfloat16, true>",
+        triton="dora_linear_add dtype=bf16 N=4096 gain=True offset=matrix keep=True",
+        cost=lambda N, K: costs.dora_linear_add(_TOKENS, N, 2),
+        elements=lambda N, K: _TOKENS * N,
+        counted=(r"STG\.E\.128", 2),
     ),
     # Triton. A step copies codes and a tile of x, which stays for all 128 features: for an element of the weight half a
     # byte, and two for each token of the tile over the features.

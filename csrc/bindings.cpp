@@ -191,14 +191,51 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "lora_add",
       [](Address y, Address xa, Address lora_b, DType adapter_dtype, bool transposed, float scale, Address seed,
-         double dropout_p, DType dtype, int M, int N, int R, Address stream) {
+         double dropout_p, Address gain, Address bias, Address out, DType dtype, int M, int N, int R, Address stream) {
         check("lora_add",
               lora_add({pointer<void>(y), pointer<const void>(xa), pointer<const void>(lora_b), adapter_dtype,
-                        transposed, scale, pointer<const int64_t>(seed), dropout_p, dtype, M, N, R},
+                        transposed, scale, pointer<const int64_t>(seed), dropout_p, pointer<const float>(gain),
+                        pointer<const void>(bias), pointer<void>(out), dtype, M, N, R},
                        stream_of(stream)));
       },
-      "y"_a, "xa"_a, "lora_b"_a, "adapter_dtype"_a, "transposed"_a, "scale"_a, "seed"_a, "dropout_p"_a, "dtype"_a,
-      "M"_a, "N"_a, "R"_a, "stream"_a);
+      "y"_a, "xa"_a, "lora_b"_a, "adapter_dtype"_a, "transposed"_a, "scale"_a, "seed"_a, "dropout_p"_a, "gain"_a = 0,
+      "bias"_a = 0, "out"_a = 0, "dtype"_a, "M"_a, "N"_a, "R"_a, "stream"_a);
+
+  m.def(
+      "dora_norm",
+      [](Address weight, const Nf4Storage* nf4, Address lora_a, Address lora_b, DType adapter_dtype, float scaling,
+         Address scaling_tensor, Address norm, Address workspace, DType dtype, int N, int K, int R, Address stream) {
+        check("dora_norm",
+              dora_norm({pointer<const void>(weight), nf4 ? *nf4 : Nf4Storage{}, pointer<const void>(lora_a),
+                         pointer<const void>(lora_b), adapter_dtype, scaling, pointer<const float>(scaling_tensor),
+                         pointer<float>(norm), pointer<void>(workspace), dtype, N, K, R},
+                        stream_of(stream)));
+      },
+      "weight"_a, "nf4"_a.none(true), "lora_a"_a, "lora_b"_a, "adapter_dtype"_a, "scaling"_a, "scaling_tensor"_a,
+      "norm"_a, "workspace"_a, "dtype"_a, "N"_a, "K"_a, "R"_a, "stream"_a);
+  m.def("dora_norm_workspace_bytes", &dora_norm_workspace_bytes, "N"_a, "K"_a, "R"_a);
+
+  m.def(
+      "dora_linear_add",
+      [](Address x, Address gain, Address offset, Address out, Address seed, double dropout_p, DType dtype, int M,
+         int N, Address stream) {
+        check("dora_linear_add",
+              dora_linear_add({pointer<const void>(x), pointer<const float>(gain), pointer<const void>(offset),
+                               pointer<void>(out), pointer<const int64_t>(seed), dropout_p, dtype, M, N},
+                              stream_of(stream)));
+      },
+      "x"_a, "gain"_a, "offset"_a, "out"_a, "seed"_a, "dropout_p"_a, "dtype"_a, "M"_a, "N"_a, "stream"_a);
+
+  m.def(
+      "dora_linear_gain_grad",
+      [](Address dy, Address z, Address d_gain, DType dtype, int M, int N, Address workspace, Address stream) {
+        check("dora_linear_gain_grad",
+              dora_linear_gain_grad({pointer<const void>(dy), pointer<const void>(z), pointer<float>(d_gain), dtype, M,
+                                     N, pointer<void>(workspace)},
+                                    stream_of(stream)));
+      },
+      "dy"_a, "z"_a, "d_gain"_a, "dtype"_a, "M"_a, "N"_a, "workspace"_a, "stream"_a);
+  m.def("dora_linear_gain_grad_workspace_bytes", &dora_linear_gain_grad_workspace_bytes, "M"_a, "N"_a);
 
   // The two below answer on a machine without a driver too: an error is part of the answer.
   m.def(

@@ -43,6 +43,9 @@ __device__ __forceinline__ T load_adapter(const void* data, DType dtype, int64_t
                               : __ldg(static_cast<const T*>(data) + i);
 }
 
+__device__ __forceinline__ float2 to_float2(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 to_float2(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
 // A tile in shared memory is COLUMNS wide, in vectors of 16 bytes, and the vectors of a row are swizzled: eight rows
 // that follow each other have vector v in eight different groups of four banks, so ldmatrix does not conflict, and
 // neither do the copies that fill the tile. Returns where vector 0 of a row goes; vector v goes to v ^ that.

@@ -155,6 +155,8 @@ cudaError_t lora_down_grad(const LoraDownGradParams& p, cudaStream_t stream);
 size_t lora_down_grad_workspace_bytes(int M, int K, int R);
 
 // y[m, n] += scale * keep(m, n) * sum_r xa[m, r] * B[n, r], in float32, rounded once.
+// DoRA's, with a gain: out[m, n] = gain[n] * y[m, n] + bias[n] too, of the sum in float32. Where out is y, it alone is
+// kept. Without dropout, not transposed; R may be 0.
 struct LoraAddParams {
   void* y;             // [M, N]
   const void* xa;      // [M, R]
@@ -164,9 +166,57 @@ struct LoraAddParams {
   float scale;
   const int64_t* seed;
   double dropout_p;
+  const float* gain;  // [N], or null, and so are the next two
+  const void* bias;   // [N] of dtype, or null for 0
+  void* out;          // [M, N]
   DType dtype;
   int M, N, R;
 };
 cudaError_t lora_add(const LoraAddParams& p, cudaStream_t stream);
+
+// norm[n] = sqrt(sum_k (W[n, k] + scale * sum_r B[n, r] * A[r, k])^2), scale = scaling * *scaling_tensor, all in
+// float32: NF4 weights are float32 products of value and absmax, and so is the arithmetic of float32 adapters.
+struct DoraNormParams {
+  const void* weight;           // W [N, K] of dtype, or null for nf4
+  Nf4Storage nf4;               // all zeros where weight is given
+  const void* lora_a;           // A [R, K] of adapter_dtype
+  const void* lora_b;           // B [N, R] of adapter_dtype
+  DType adapter_dtype;          // dtype or fp32
+  float scaling;                // multiplied by
+  const float* scaling_tensor;  // one float, or null for 1
+  float* norm;                  // [N]
+  void* workspace;              // dora_norm_workspace_bytes, aligned to 16
+  DType dtype;                  // bf16 or fp16
+  int N, K, R;                  // R may be 0
+};
+cudaError_t dora_norm(const DoraNormParams& p, cudaStream_t stream);
+size_t dora_norm_workspace_bytes(int N, int K, int R);  // whatever the dtypes are
+
+// What dora_linear's training does besides: passes over [M, N]. dtype is bf16 or fp16; keep as above.
+
+// out[m, n] = keep(m, n) * gain[n] * x[m, n] + offset[m, n], in float32, rounded once. out may be x or offset.
+struct DoraLinearAddParams {
+  const void* x;       // [M, N]
+  const float* gain;   // [N], or null for 1
+  const void* offset;  // [M, N], or null for 0
+  void* out;           // [M, N]
+  const int64_t* seed;
+  double dropout_p;
+  DType dtype;
+  int M, N;
+};
+cudaError_t dora_linear_add(const DoraLinearAddParams& p, cudaStream_t stream);
+
+// d_gain[n] = sum_m dy[m, n] * z[m, n], in float32, in an order that depends on the sizes alone.
+struct DoraLinearGainGradParams {
+  const void* dy;  // [M, N]
+  const void* z;   // [M, N]
+  float* d_gain;   // [N]
+  DType dtype;
+  int M, N;
+  void* workspace;  // dora_linear_gain_grad_workspace_bytes, aligned to 16
+};
+cudaError_t dora_linear_gain_grad(const DoraLinearGainGradParams& p, cudaStream_t stream);
+size_t dora_linear_gain_grad_workspace_bytes(int M, int N);
 
 }  // namespace fastpeft

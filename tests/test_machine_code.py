@@ -27,12 +27,18 @@ CUDA_INSTRUCTIONS = [
     # Tensor cores, fed by ldmatrix, for A transposed, out of what cp.async has brought.
     ("nf4_merge_kernel", [r"HMMA\.16816", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"LDGSTS\..*128"]),
     ("nf4_merge_kernel<__nv_bfloat16, true, true>", [r"HMMA\.16816\.F32\.BF16", r"STG\.E\.128"]),
+    # Weights are read past the caches, fragments of A and B out of them.
+    ("dora_norm_kernel<Nf4Vectors", [r"HMMA\.16816", r"LDG\.E\.EF\.128", r"LDG\.E\.128\.CONSTANT", r"SHFL"]),
+    ("dora_norm_kernel<DenseVectors<__nv_bfloat16>, __nv_bfloat16", [r"HMMA\.16816\.F32\.BF16", r"LDG\.E\.EF\.128"]),
+    ("dora_norm_kernel<DenseVectors<__half>, __half", [r"HMMA\.16816\.F32 ?$", r"LDG\.E\.EF\.128"]),
     ("nf4_dequantize_kernel", [r"STG\.E\.128"]),
     ("nf4_quantize_kernel<__nv_bfloat16, true>", [r"LDG\..*128"]),
     ("lora_down_kernel", [r"HMMA\.16816", r"LDSM\.16\.M88\.4", r"LDGSTS\..*128"]),
     ("lora_down_kernel<__nv_bfloat16, 64, true, false>", [r"LDSM\.16\.MT88\.4"]),
     ("lora_grad_kernel", [r"HMMA\.16816", r"LDSM\.16\.MT88\.4", r"LDGSTS\..*128"]),
     ("lora_add_kernel", [r"HMMA\.16816", r"LDSM\.16\.M88\.4", r"LDGSTS\..*128", r"STG\.E\.128"]),
+    ("dora_linear_add_kernel<__nv_bfloat16, true>", [r"LDG\.E\.128", r"STG\.E\.128"]),
+    ("dora_linear_gain_grad_kernel<__nv_bfloat16, true>", [r"LDG\.E\.128"]),
     ("lora_add_partials_kernel", [r"LDG\..*128"]),
     ("lora_pack_kernel", [r"STG\.E\.128"]),
     # Codes of 16 weights at a time, each byte put into an address by one PRMT.
@@ -46,6 +52,17 @@ TRITON_INSTRUCTIONS = [
     for dtype in ("bf16", "fp32")
     for absmax in ("", "nested ")
 ] + [("nf4_quantize dtype=bf16 blocksize=64 numel=4096 aligned=True", [r"LDG\.E\.128"])]
+TRITON_INSTRUCTIONS += [  # tensor cores, by the instruction of each generation
+    (
+        f"dora_norm {weight} blocksize=64 K=4096 R=16 aligned=True factor=False",
+        [r"(HMMA|HGMMA|UTCHMMA)", r"LDG\.E\.128"],
+    )
+    for weight in ("weight=nf4 nested adapter=bf16", "weight=bf16 adapter=bf16", "weight=nf4 adapter=fp32")
+]
+TRITON_INSTRUCTIONS += [
+    ("dora_linear_add dtype=bf16 N=4096 gain=True offset=matrix keep=True", [r"LDG\.E\.128", r"STG\.E\.128"]),
+    ("dora_linear_gain_grad dtype=bf16 M=8192 N=4096", [r"LDG\.E\.128"]),
+]
 _LIGHT = "dtype=bf16 adapter=bf16 R=16 N=32768 K=32768"
 TRITON_INSTRUCTIONS += [
     # What is multiplied comes by cp.async, 16 bytes at a time, codes included; nothing comes in bytes but absmax.
@@ -161,7 +178,8 @@ def test_cuda_kernels_have_their_instructions(kernels, name, patterns):
 
 @pytest.mark.parametrize("case, patterns", TRITON_INSTRUCTIONS)
 def test_triton_kernels_have_their_instructions(kernels, case, patterns):
-    chosen = [k for k in of("triton", kernels) if case in k.cases and k.function != "sum_partials_kernel"]
+    sums = ("sum_partials_kernel", "dora_norm_sum_kernel")  # launched beside
+    chosen = [kernel for kernel in of("triton", kernels) if case in kernel.cases and kernel.function not in sums]
     assert sorted(kernel.arch for kernel in chosen) == sorted(TRITON_ARCHS)
     missing = {(k.name, k.arch): absent for k in chosen if (absent := missing_instructions(k, patterns))}
     assert not missing
@@ -210,7 +228,8 @@ def test_triton_compiles_what_the_arguments_make_of_it(kernels):
 def test_the_table_has_every_kernel(kernels):
     with (machine_code.KEPT / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(kernels) == len({(row["language"], row["name"], row["arch"]) for row in rows})
+    # Two ops may launch the same kernel.
+    assert len(rows) == len(kernels) == len({(row["language"], row["file"], row["name"], row["arch"]) for row in rows})
     assert {"registers", "shared_bytes", "spill_store_bytes"} < set(rows[0])
 
 
@@ -235,6 +254,17 @@ def test_the_hot_path_of_a_merge_multiplies(kernels):
         # A warp has 32 x 64 of out: 2 x 8 products of 16 x 8, in four steps of 16 ranks. A thread stores 64 elements.
         assert sum(opcode.startswith("HMMA") for opcode in path) == 2 * 8 * 4
         assert sum(opcode.startswith("STG.E.128") for opcode in path) == 64 * 2 // 16
+
+
+@needs_nvcc
+def test_the_hot_path_of_a_norm(kernels):
+    (subject,) = [subject for subject in static.SUBJECTS if subject.title.startswith("dora_norm")]
+    for kernel in static.kernels_of(subject, kernels):
+        path = [i.opcode for i in sass.hot_path(kernel.sass(), subject.trips, subject.cold)]
+        # A lane has 128 weights: a look-up each, and in 4 steps 2 x 4 products of 16 x 8. No barrier is in their way.
+        assert sum(opcode.startswith("SHFL") for opcode in path) == 128
+        assert sum(opcode.startswith("HMMA") for opcode in path) == 4 * 2 * 4
+        assert not any(opcode.startswith("BAR") for opcode in path)
 
 
 @needs_nvcc

@@ -214,6 +214,24 @@ def test_merge_moves():
     assert costs.nf4_merge(4096, 14336, 0, itemsize=2) == plain
 
 
+def test_norm_moves():
+    cost = costs.dora_norm(4096, 14336, 16, adapter_itemsize=4)
+    dequantize = costs.nf4_dequantize(4096 * 14336, itemsize=4)
+    assert (cost.read_bytes, cost.written_bytes) == (dequantize.read_bytes + 16 * (4096 + 14336) * 4, 4096 * 4)
+    assert cost.cuda_core_ops == dequantize.cuda_core_ops + 4 * 58_720_256
+    assert cost.tensor_core_ops == 6 * 1_879_048_192
+    dense = costs.dora_norm(4096, 14336, 0, adapter_itemsize=2, blocksize=None)
+    assert (dense.bytes, dense.cuda_core_ops, dense.tensor_core_ops) == (117_440_512 + 4096 * 4, 2 * 58_720_256, 0)
+
+
+def test_the_passes_of_dora_move():
+    matrix = 8192 * 4096 * 2
+    plain, gained = costs.lora_add(8192, 4096, 16, 2), costs.lora_add(8192, 4096, 16, 2, gain=True)
+    assert (gained.written_bytes, gained.read_bytes - plain.read_bytes) == (2 * matrix, 4096 * 6)
+    assert costs.dora_linear_gain_grad(8192, 4096, 2).bytes == 2 * matrix + 4096 * 4
+    assert costs.dora_linear_add(8192, 4096, 2, operands=1).bytes == 2 * matrix + 4096 * 4
+
+
 def test_decode_moves():
     # The storage of 4096 x 4096 (above), A and B of rank 16, x and y of two tokens.
     cost = costs.lora_linear_decode(2, 4096, 4096, 16, itemsize=2)

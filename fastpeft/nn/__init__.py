@@ -13,12 +13,14 @@ from fastpeft.nn.bottleneck_model import (
     set_bottleneck,
 )
 from fastpeft.nn.convert import convert
+from fastpeft.nn.dora import DoRALinear
 from fastpeft.nn.ia3 import IA3Linear
 from fastpeft.nn.lora import LoRALinear
 
 __all__ = [
     "BottleneckAdapter",
     "BottleneckConfig",
+    "DoRALinear",
     "IA3Linear",
     "LoRALinear",
     "active_bottleneck",

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 
-def scale_columns(x: Tensor, gain: Tensor) -> Tensor:
-    """`gain[c] * x[m, c]`, rounded once to x's dtype. x: [M, C]. gain: [C], x's dtype or float32."""
+def scale_columns(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gain[c] * x[m, c] + bias[c]`, in gain's dtype and rounded once to x's.
+
+    x: [M, C]. gain: [C], x's dtype or float32. bias: [C], any float dtype, or None.
+    """
     if x.dtype == gain.dtype or x.numel() == 0:  # a batch norm of nothing divides by zero
-        return (x * gain).to(x.dtype)
+        return (x * gain if bias is None else torch.addcmul(bias.to(gain.dtype), x, gain)).to(x.dtype)
     zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
-    return torch.batch_norm(x, gain, zeros, zeros, ones, False, 0.0, 0.0, False)
+    bias = zeros if bias is None else bias.to(gain.dtype)
+    return torch.batch_norm(x, gain, bias, zeros, ones, False, 0.0, 0.0, False)
 
 
 def scale_columns_backward(

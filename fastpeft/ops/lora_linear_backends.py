@@ -57,13 +57,15 @@ RULES = {
 }
 
 
-def choose(x: Tensor, weight: Tensor | NF4Weight, training: bool, backend: str | None, rules=RULES) -> str:
+def choose(
+    x: Tensor, weight: Tensor | NF4Weight, training: bool, backend: str | None, rules=RULES, op: str = "lora_linear"
+) -> str:
     """The backend's name; x: [..., K]."""
     if not x.is_cuda:
-        return backends.choose("lora_linear", rules, x, backend=backend)
+        return backends.choose(op, rules, x, backend=backend)
     storage = "nf4" if type(weight) is NF4Weight else "dense"
     order = backends.preferred(TABLE, x, math.prod(x.shape[:-1]), storage, training)
-    return backends.choose("lora_linear", rules, x, backend=backend, order=order)
+    return backends.choose(op, rules, x, backend=backend, order=order)
 
 
 def _weight_and_bias_gradients(dy, x, weight, bias, needs) -> tuple[Tensor | None, Tensor | None]:
@@ -145,7 +147,7 @@ class Cuda(_Kernels):
     @classmethod
     def forward(cls, x, weight, A, B, bias, scale, dropout_p, seed, keep_xa) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        if not keep_xa and dropout_p == 0 and _decodes(x, weight, A):
+        if not keep_xa and dropout_p == 0 and decodes(x, weight, A):
             return decode(x, weight, A, B, bias, scale), None
         return super().forward(x, weight, A, B, bias, scale, dropout_p, seed, keep_xa)
 
@@ -155,24 +157,25 @@ class Cuda(_Kernels):
         if K == 0:
             return x.new_zeros(M, R)
         xa = x.new_empty(M, R)
-        _call("lora_down", x, dict(M=M, K=K, R=R), x=x, xa=xa, **_adapter("lora_a", A, x), **_mask(seed, dropout_p))
+        call("lora_down", x, dict(M=M, K=K, R=R), x=x, xa=xa, **_adapter("lora_a", A, x), **_mask(seed, dropout_p))
         return xa
 
     @classmethod
     def base(cls, x, weight, bias, xa, B, scale) -> Tensor:
         y = linear(x, dense(weight, x.dtype, "cuda"), bias)
-        return cls._add(y, xa, B, False, scale, 0.0, None)
+        return cls.add(y, xa, B, False, scale, 0.0, None)
 
     @classmethod
     def dx(cls, dy, weight, u, A, scale, dropout_p, seed) -> Tensor:
         dx = torch.mm(dy, dense(weight, dy.dtype, "cuda"))
-        return cls._add(dx, u, A, True, scale, dropout_p, seed)
+        return cls.add(dx, u, A, True, scale, dropout_p, seed)
 
     @staticmethod
-    def _add(y, xa, factor, transposed, scale, dropout_p, seed) -> Tensor:
+    def add(y, xa, factor, transposed, scale, dropout_p, seed, **gain_bias_and_out) -> Tensor:
+        """Adds to y in place; with a gain, DoRA's, `out` is made of it (csrc/ops.h)."""
         (M, N), R = y.shape, xa.shape[1]
-        adapter, mask = _adapter("lora_b", factor, y), _mask(seed, dropout_p)
-        _call("lora_add", y, dict(M=M, N=N, R=R), y=y, xa=xa, transposed=transposed, scale=scale, **adapter, **mask)
+        options = dict(transposed=transposed, scale=scale, **_mask(seed, dropout_p), **gain_bias_and_out)
+        call("lora_add", y, dict(M=M, N=N, R=R), y=y, xa=xa, **_adapter("lora_b", factor, y), **options)
         return y
 
     @staticmethod
@@ -181,7 +184,7 @@ class Cuda(_Kernels):
         u = dy.new_empty(M, R) if need_u else None
         adapter = _adapter("lora_b", B, dy)
         dB = torch.empty_like(adapter["lora_b"]) if need_dB else None
-        _call("lora_up_grad", dy, dict(M=M, N=N, R=R), dy=dy, xa=xa, u=u, d_b=dB, scale=scale, **adapter)
+        call("lora_up_grad", dy, dict(M=M, N=N, R=R), dy=dy, xa=xa, u=u, d_b=dB, scale=scale, **adapter)
         return u, None if dB is None else dB.to(B.dtype)
 
     @staticmethod
@@ -190,11 +193,11 @@ class Cuda(_Kernels):
         dA = x.new_empty(R, K, dtype=_adapter_dtype(A, x))
         mask = _mask(seed, dropout_p)
         sizes = dict(M=M, K=K, R=R)
-        _call("lora_down_grad", x, sizes, x=x, u=u, d_a=dA, adapter_dtype=dA.dtype, scale=scale, **mask)
+        call("lora_down_grad", x, sizes, x=x, u=u, d_a=dA, adapter_dtype=dA.dtype, scale=scale, **mask)
         return dA.to(A.dtype)
 
 
-def _decodes(x: Tensor, weight: Tensor | NF4Weight, A: Tensor) -> bool:
+def decodes(x: Tensor, weight: Tensor | NF4Weight, A: Tensor) -> bool:
     """Whether the kernel for few tokens takes these: its copies are of 16 bytes."""
     aligned = [x, A] if type(weight) is NF4Weight else [x, A, weight]
     return (
@@ -209,11 +212,11 @@ def _decodes(x: Tensor, weight: Tensor | NF4Weight, A: Tensor) -> bool:
 def decode(x, weight, A, B, bias, scale, gain=None) -> Tensor:
     """`gain * (x W^T + scale * (x A^T) B^T) + bias`, rounded once.
 
-    x: [M, K] with M up to DECODE_TOKENS, as `_decodes` wants it. gain: [N] float32, or None for ones.
+    x: [M, K] with M up to DECODE_TOKENS, as `decodes` wants it. gain: [N] float32, or None for ones.
     """
     (M, K), (N, R) = x.shape, B.shape
     nf4 = type(weight) is NF4Weight
-    _call(
+    call(
         "lora_linear_decode",
         x,
         dict(M=M, N=N, K=K, R=R),
@@ -250,12 +253,12 @@ def _mask(seed: Tensor | None, dropout_p: float) -> dict:
 
 
 # Those of the native functions' arguments that are addresses, 0 for None.
-_INPUTS = {"x", "dy", "xa", "u", "weight", "lora_a", "lora_b", "bias", "gain", "scaling_tensor", "seed"}
-_ADDRESSES = _INPUTS | {"y", "d_a", "d_b"}
+_INPUTS = {"x", "dy", "xa", "u", "z", "weight", "lora_a", "lora_b", "bias", "gain", "offset", "scaling_tensor", "seed"}
+_ADDRESSES = _INPUTS | {"y", "d_a", "d_b", "out", "d_gain", "norm"}
 
 
-def _call(name: str, like: Tensor, sizes: dict[str, int], **arguments) -> None:
-    """Calls the native `name` on the device of `like` and in its dtype, with the workspace that it asks for.
+def call(name: str, like: Tensor, sizes: dict[str, int], *, dtype: torch.dtype | None = None, **arguments) -> None:
+    """Calls the native `name` on the device of `like`, in its dtype or `dtype`, with the workspace that it asks for.
 
     The tensors live until the launch; memory that is freed afterwards goes to later work of the same stream only.
     """
@@ -271,7 +274,7 @@ def _call(name: str, like: Tensor, sizes: dict[str, int], **arguments) -> None:
         if workspace_bytes is not None:
             workspace = torch.empty(workspace_bytes(**sizes), dtype=torch.uint8, device=like.device)
             native["workspace"] = workspace.data_ptr()
-        getattr(module, name)(**native, **sizes, dtype=native_dtype(like.dtype), stream=stream)
+        getattr(module, name)(**native, **sizes, dtype=native_dtype(dtype or like.dtype), stream=stream)
 
 
 class Triton(_Kernels):
@@ -294,7 +297,7 @@ class Triton(_Kernels):
             return y.addmm_(xa, B.to(x.dtype).t(), alpha=scale)
         y = x.new_empty(x.shape[0], B.shape[0])
         with _native.stream_on(x.device):
-            _triton().lora_linear_fwd(x, _storage(weight, x.dtype), xa, B.contiguous(), bias, scale, y)
+            _triton().lora_linear_fwd(x, storage(weight, x.dtype), xa, B.contiguous(), bias, scale, y)
         return y
 
     @classmethod
@@ -302,7 +305,7 @@ class Triton(_Kernels):
         if cls._fuses(dy, weight):
             dx = dy.new_empty(dy.shape[0], A.shape[1])
             with _native.stream_on(dy.device):
-                _triton().lora_linear_dx(dy, _storage(weight, dy.dtype), u, A.contiguous(), scale, seed, dropout_p, dx)
+                _triton().lora_linear_dx(dy, storage(weight, dy.dtype), u, A.contiguous(), scale, seed, dropout_p, dx)
             return dx
         dx = torch.mm(dy, dense(weight, dy.dtype, "triton"))
         if dropout_p == 0:
@@ -340,7 +343,7 @@ def _triton():
     return lora_linear
 
 
-def _storage(weight: Tensor | NF4Weight, dtype: torch.dtype):
+def storage(weight: Tensor | NF4Weight, dtype: torch.dtype):
     if type(weight) is not NF4Weight:
         return weight.to(dtype)
     w = weight

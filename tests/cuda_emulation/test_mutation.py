@@ -16,7 +16,10 @@ OPS = ROOT / "tests" / "ops"
 # that fits counts.
 TESTS = {
     "nf4": ("test_nf4.py", ""),
+    "dora_norm": ("test_dora_norm_kernels.py", ""),
+    "dora_linear": ("test_dora_linear_kernels.py", ""),
     "lora_linear": ("test_lora_kernels.py", "not decode"),
+    "lora_linear_add": ("test_dora_linear_kernels.py", ""),
     "lora_linear_decode": ("test_lora_kernels.py", "decode"),
 }
 

@@ -373,10 +373,12 @@ def test_strict_raises_when_nothing_can_be_fused():
 
 
 def test_variants_run_peft():
-    model, ids = with_lora(llama(), use_dora=True), tokens()
+    from peft import KasaConfig
+
+    model, ids = with_lora(llama(), kasa_config=KasaConfig()), tokens()
     stock = loss_and_gradients(model, ids)
     report = fastpeft.accelerate(model)
-    assert report.fused == 0 and all("Dora" in row.reason for row in report)
+    assert report.fused == 0 and all("Kasa" in row.reason for row in report)
     assert_same(loss_and_gradients(model, ids), stock, 1e-6)
 
 

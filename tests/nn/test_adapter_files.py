@@ -96,6 +96,7 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
     config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    magnitude = key.replace("lora_A.weight", "lora_magnitude_vector")
 
     def case(name, match, new_config=None, new_tensors=None, raw=None):
         folder = tmp_path / name
@@ -114,8 +115,9 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
 
     case("none", "holds no adapter_model.safetensors", new_tensors=False)
     case("damaged", "is damaged", raw=b"\x10\x00\x00\x00\x00\x00\x00\x00not safetensors")
-    case("dora", "not a plain LoRA adapter.*use_dora", new_config=config | {"use_dora": True})
-    case("loha", "not a plain LoRA adapter.*LOHA", new_config=config | {"peft_type": "LOHA"})
+    case("dora", "has only lora_A, lora_B", new_config=config | {"use_dora": True})
+    case("magnitude", "but use_dora is off", new_tensors=tensors | {magnitude: torch.ones(128)})
+    case("loha", "not a plain LoRA or DoRA adapter.*LOHA", new_config=config | {"peft_type": "LOHA"})
     case("half", "has only lora_A", new_tensors={key: tensors[key]})
     case("odd", "is not the name of a LoRA matrix", new_tensors=tensors | {"something.else": torch.zeros(1)})
     case("shape", "q_proj has A", new_tensors=tensors | {key: torch.zeros(4, 7)})
@@ -124,7 +126,7 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
     case("integer", "not floating point|needs", new_tensors=tensors | {key: torch.zeros(4, 128, dtype=torch.int32)})
 
     case("pissa", "init_lora_weights='pissa'.*load it with peft", new_config=config | {"init_lora_weights": "pissa"})
-    case("future", "not a plain LoRA adapter .use_magic", new_config=config | {"use_magic": True})
+    case("future", "not a plain LoRA or DoRA adapter .use_magic", new_config=config | {"use_magic": True})
     case("alpha", "lora_alpha is 'abc'", new_config=config | {"lora_alpha": "abc", "alpha_pattern": {}})
     case("no_alpha", "lora_alpha is None", new_config=config | {"lora_alpha": None, "alpha_pattern": {}})
     case("pattern", "alpha_pattern has the key", new_config=config | {"alpha_pattern": {"(": 1}})

@@ -1,5 +1,5 @@
-"""The kernels of lora_linear, as nvcc compiles them, through their own launchers. Few shapes: this is about the
-instructions that no C++ compiler of a host sees; tests/ops/test_lora_kernels.py has the rest."""
+"""The kernels of lora_linear and dora_linear, as nvcc compiles them, through their own launchers. Few shapes: this is
+about the instructions that no C++ compiler of a host sees; tests/ops/test_lora_kernels.py has the rest."""
 
 import torch
 
@@ -65,6 +65,39 @@ def passes(csrc, M, C, R, dtype, master, p):
     return names
 
 
+def passes_of_dora(csrc, M, N, R, dtype, p):
+    """The second output of lora_add, dropout's sum and the gradient of the gain."""
+    z, xa, B = torch.randn(M, N).to(dtype), torch.randn(M, R).to(dtype), torch.randn(N, R).to(dtype)
+    gain, bias, seed = torch.rand(N) + 0.5, torch.randn(N).to(dtype), torch.tensor(5)
+    whole, y, added, d_gain = z.clone(), *(output((M, N), dtype) for _ in range(2)), output((N,), FP32)
+    memory, add = Memory(), dict(lora_b=B, adapter_dtype=dtype, transposed=False, scale=SCALE, seed=None, dropout_p=0.0)
+    sizes = dict(M=M, N=N)
+    names = call(csrc, memory, "lora_add", dtype, sizes | dict(R=R), y=whole, xa=xa, gain=gain, bias=bias, out=y, **add)
+    names += call(
+        csrc, memory, "dora_linear_add", dtype, sizes, x=z, gain=gain, offset=z, out=added, seed=seed, dropout_p=p
+    )
+    names += call(csrc, memory, "dora_linear_gain_grad", dtype, sizes, dy=z, z=z, d_gain=d_gain)
+
+    def formulas(dtype, wide):
+        t, g = z.to(dtype), gain.to(wide)
+        whole = t + SCALE * (xa.to(dtype) @ B.to(dtype).t())
+        keep = keep_mask(seed, M, N, p).to(dtype)
+        return {
+            "z": whole,
+            "y": whole.to(wide) * g + bias.to(wide),
+            "added": keep * t.to(wide) * g + t,
+            "d_gain": t.to(wide).square().sum(0),
+        }
+
+    actual, plain, exact = (
+        {"z": whole, "y": y, "added": added, "d_gain": d_gain},
+        *(formulas(*dtypes) for dtypes in ((dtype, FP32), (torch.float64, torch.float64))),
+    )
+    for name, result in actual.items():
+        assert_parity(result, plain[name].to(result.dtype), exact[name], f"{name} {M, N, R} on sm_{csrc.arch}")
+    return names
+
+
 def up_grad(csrc, M, N, R, dtype, wanted):
     """One of the two gradients alone."""
     dy, xa, B = torch.randn(M, N).to(dtype), torch.randn(M, R).to(dtype), torch.randn(N, R).to(dtype)
@@ -120,7 +153,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def csrc_of_90a():
-    return native("90a", "lora_linear_*.cu")
+    return native("90a", "*linear*.cu")
 
 
 def kernels(csrc, decode):
@@ -136,6 +169,8 @@ def test_low_rank_passes():
     executed += passes(csrc, 9, 43, 40, BF16, BF16, p=0.0)  # u and dB apart; no whole vectors
     for wanted in ("u", "d_b"):
         executed += up_grad(csrc, 20, 72, 16, BF16, wanted)
+    for N in (72, 43):
+        executed += passes_of_dora(csrc, 20, N, 24, BF16, p=0.3)
     assert set(executed) == kernels(csrc, decode=False)
     passes(csrc, 20, 72, 13, FP16, FP16, p=0.3)
 

@@ -220,3 +220,29 @@ def prefix_attention_dkv(B: int, H: int, Hkv: int, S: int, T: int, D: int, items
         cuda_core_ops=5 * scores,
         tensor_core_ops=2 * 4 * scores * D,
     )
+
+
+def scale_columns(M: int, C: int, itemsize: int) -> Cost:
+    """dx = gain * dy and the sums of dy * x over M."""
+    return Cost(read_bytes=2 * M * C * itemsize + C * _FLOAT, written_bytes=M * C * itemsize + C * _FLOAT,
+                cuda_core_ops=3 * M * C)  # fmt: skip
+
+
+def bottleneck(M: int, K: int, R: int, itemsize: int) -> Cost:
+    """A direction: pre = x D^T and y = x + act(pre) U^T, or dpre and dx; x is read once."""
+    return Cost(
+        read_bytes=(M * K + 2 * R * K) * itemsize,
+        written_bytes=(M * K + M * R) * itemsize,
+        cuda_core_ops=2 * M * K,
+        tensor_core_ops=4 * M * K * R,
+    )
+
+
+def bottleneck_grad(M: int, K: int, R: int, itemsize: int) -> Cost:
+    """dU^T = act(pre)^T dy and the sums of dy; dD = dpre^T x without them."""
+    return Cost(
+        read_bytes=(M * K + M * R) * itemsize,
+        written_bytes=(R + 1) * K * _FLOAT,
+        cuda_core_ops=M * K,
+        tensor_core_ops=2 * M * K * R,
+    )

@@ -224,12 +224,46 @@ def _attention(extras, D, dtype) -> tuple:
     return q, k, empty(B, H, S), empty(Hkv, P, D, dtype=_DTYPES[dtype]), cu_seqlens, mask, form
 
 
+def _ia3(kernels) -> Launches:
+    # Backward with both gradients, each alone, and forward. Both dtypes; columns that no tile divides.
+    for (dtype, C), wanted in product((("bf16", 4096), ("fp16", 1001)), (("dx", "sums"), ("sums",), ("dx",))):
+        dy, x, dx = (torch.empty(8192, C, dtype=_DTYPES[dtype], device="meta") for _ in range(3))
+        gain, sums = (torch.empty(C, dtype=torch.float32, device="meta") for _ in range(2))
+        tensors = (dy, x if "sums" in wanted else None, gain)
+        outputs = (dx if "dx" in wanted else None, sums if "sums" in wanted else None)
+        yield (
+            f"scale_columns {'+'.join(wanted)} {_case(dtype=dtype, C=C)}",
+            partial(kernels.scale_columns, *tensors, *outputs),
+        )
+
+
+def _bottleneck(kernels) -> Launches:
+    # Every form of the kernel with all that takes registers, each activation, and what no tile divides.
+    cases = [("bf16", "fp32", R, 4096, "gelu") for R in (16, 64, 128, 256)]
+    cases += [("fp16", "fp16", 13, 1001, activation) for activation in ("relu", "silu", "gelu_tanh")]
+    for dtype, bias_dtype, R, K, activation in cases:
+        M, like = 8192, dict(dtype=_DTYPES[dtype], device="meta")
+        x, y, residual = (torch.empty(M, K, **like) for _ in range(3))
+        pre, down, up = torch.empty(M, R, **like), torch.empty(R, K, **like), torch.empty(K, R, **like)
+        biases = (torch.empty(size, dtype=_DTYPES[bias_dtype], device="meta") for size in (R, K))
+        case = _case(dtype=dtype, bias=bias_dtype, R=R, K=K, activation=activation)
+        forward = (x, down, up, *biases, residual, activation, 0.5, y, pre)
+        yield f"bottleneck_fwd {case}", partial(kernels.bottleneck_fwd, *forward)
+        backward = (y, pre, up, down, y, activation, 0.5, pre, pre, x)
+        yield f"bottleneck_bwd {case}", partial(kernels.bottleneck_bwd, *backward)
+        for name, rows in (("up", R + 1), ("down", R)):
+            out = torch.empty(rows, K, dtype=torch.float32, device="meta")
+            yield f"bottleneck_grad {name} {case}", partial(kernels.bottleneck_grad, pre, x, 0.5, out)
+
+
 TRITON: dict[str, Callable[..., Launches]] = {
     "nf4": _nf4,
     "dora_norm": _dora_norm,
     "dora_linear": _dora_linear,
     "lora_linear": _lora_linear,
     "prefix_attention": _prefix_attention,
+    "ia3": _ia3,
+    "bottleneck": _bottleneck,
 }
 
 # CUDA kernel instances (a regular expression) -> bytes of dynamic shared memory that their launcher asks for, which the

@@ -343,6 +343,40 @@ SUBJECTS = (
         cold=("LDG.E.U8", "MUFU.RCP"),  # padding, softcap
         shapes=DECODING_ATTENTIONS,
     ),
+    Subject(
+        f"scale_columns, dx and sums, bf16, M = {_TOKENS}",
+        "ia3",
+        cuda=None,
+        triton="scale_columns dx+sums dtype=bf16 C=4096",
+        cost=lambda N, K: costs.scale_columns(_TOKENS, K, 2),
+        elements=lambda N, K: _TOKENS * K,
+        counted=(r"STG\.E\.128", 2),
+    ),
+    # A step of a bottleneck's second loop stores a tile; its first loop is counted with it, as many elements a step.
+    *(
+        Subject(
+            f"bottleneck_{direction}, bf16, gelu, rank {_RANK}, M = {_TOKENS}",
+            "bottleneck",
+            cuda=None,
+            triton=f"bottleneck_{direction} dtype=bf16 bias=fp32 R=64 K=4096 activation=gelu",
+            cost=lambda N, K: costs.bottleneck(_TOKENS, K, _RANK, 2),
+            elements=lambda N, K: _TOKENS * K,
+            counted=("STG", 2),
+        )
+        for direction in ("fwd", "bwd")
+    ),
+    *(
+        Subject(
+            f"bottleneck_grad of {factor}, bf16, gelu, rank {_RANK}, M = {_TOKENS}",
+            "bottleneck",
+            cuda=None,
+            triton=f"bottleneck_grad {factor} dtype=bf16 bias=fp32 R=64 K=4096 activation=gelu",
+            cost=lambda N, K: costs.bottleneck_grad(_TOKENS, K, _RANK, 2),
+            elements=lambda N, K: _TOKENS * K,
+            counted=(r"LDGSTS\..*128", 2 * (128 + _RANK) / 128),  # a tile of x and its part of the other operand
+        )
+        for factor in ("up", "down")
+    ),
 )
 
 

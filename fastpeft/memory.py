@@ -53,13 +53,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Layers:
-    """So many equal layers. kept, kept_full: what autograd saves for a token of one layer, without adapters: with a
-    frozen base, and with float32 weights that all train. work: what backward of a layer allocates for a token."""
+    """So many equal layers. kept: what autograd saves for a token of one layer, without adapters and with a frozen
+    base: of the norm before attention, of attention, and of the norm and feed-forward after it. kept_full: of all, with
+    float32 weights that all train. work: what backward of a layer allocates for a token."""
 
     count: int
     linears: tuple[Linear, ...]
     other_parameters: int
-    kept: int
+    kept: tuple[int, int, int]
     kept_full: int
     work: int
 
@@ -162,16 +163,16 @@ def _llama_layer(config, heads: int, kv_heads: int, head_dim: int) -> Layers:
         Linear("down_proj", I, H, "product", mlp_bias, "input"),
     )
     normed = Q + KV if config.model_type == "qwen3" else 0
-    norms = 2 * H + normed
-    statistics = FLOAT * (2 + (heads + kv_heads if normed else 0))
-    inside = HALF * (2 * Q + 2 * KV) + FLOAT * heads + HALF * 3 * I
-    inputs = HALF * (3 * H + 2 * H + I)
+    norm = FLOAT * H + FLOAT
+    attention = FLOAT * (normed + (heads + kv_heads if normed else 0)) + HALF * (2 * Q + 2 * KV) + FLOAT * heads
+    kept = (norm, attention, norm + HALF * 3 * I)
+    products, inputs = FLOAT * (2 * H + normed), HALF * (3 * H + 2 * H + I)
     return Layers(
         count=config.num_hidden_layers,
         linears=linears,
         other_parameters=2 * H + (2 * head_dim if normed else 0),
-        kept=FLOAT * norms + statistics + inside,
-        kept_full=2 * FLOAT * norms + statistics + inside + inputs,
+        kept=kept,
+        kept_full=sum(kept) + products + inputs,
         work=HALF * (H + 2 * I),
     )
 
@@ -202,13 +203,15 @@ def _gpt2_layer(config, device: str) -> Layers:
         Linear("c_fc", H, I, "norm2", True),
         Linear("mlp.c_proj", I, H, "gelu", True, "input"),
     )
-    inside = HALF * 4 * H + FLOAT * config.n_head + 3 * wide * I + HALF * I + 2 * mask * H
+    attention = HALF * 4 * H + FLOAT * config.n_head + mask * H
+    feed_forward = 3 * wide * I + HALF * I + mask * H
+    norm, norm_full = (width * H + 2 * FLOAT for width in (wide, FLOAT))
     return Layers(
         count=config.n_layer,
         linears=linears,
         other_parameters=4 * H,
-        kept=2 * (wide * H + 2 * FLOAT) + inside,
-        kept_full=2 * (FLOAT * H + 2 * FLOAT) + inside + HALF * (2 * H + I),
+        kept=(norm, attention, norm + feed_forward),
+        kept_full=2 * norm_full + attention + feed_forward + HALF * (2 * H + I),
         work=HALF * H + 2 * wide * I,
     )
 
@@ -253,10 +256,11 @@ def _counted(config) -> Shape:
             continue
         held = sum(linear.K * linear.N + linear.N * linear.bias for linear in linears)
         wide = max(linear.N for linear in linears)
-        kept = FLOAT * 2 * H + HALF * sum(linear.N for linear in linears)
+        # Which of the linears are attention's is not known: none of them.
+        kept = (FLOAT * H, 0, FLOAT * H + HALF * sum(linear.N for linear in linears))
         # Layers that differ (the first of T5 has the table of positions) count with the least of them.
         others = min(weights) - held
-        layers.append(Layers(len(module), linears, others, kept, 2 * kept, HALF * (H + 2 * wide)))
+        layers.append(Layers(len(module), linears, others, kept, 2 * sum(kept), HALF * (H + 2 * wide)))
         inside += len(module) * min(weights)
     if not layers:
         raise ValueError(f"no stack of layers with linears was found in {type(model).__name__}")
@@ -302,9 +306,10 @@ class Method:
 
     parameters(shape, options): how many train. stored(shape, options): how many of them one task needs at inference,
     where it is not all. kept(layers, options): bytes that it adds to what one layer keeps for a token. changes:
-    "weights", "layers" (modules beside frozen weights) or "input" (positions before the text or its keys). merges:
-    into dense weights, without a cost afterwards. lengthens: its positions pass through every layer. quality: what was
-    published about it.
+    "weights", "layers" (modules beside frozen weights) or "input" (positions before the text or its keys). starts: the
+    part of `Layers.kept` in which it begins to train; what comes before it in the first layer needs no gradient, and is
+    not kept. merges: into dense weights, without a cost afterwards. lengthens: its positions pass through every layer.
+    quality: what was published about it.
     """
 
     name: str
@@ -312,6 +317,7 @@ class Method:
     kept: Callable[[Layers, Options], int]
     changes: str
     quality: str
+    starts: int = 1
     merges: bool = False
     lengthens: bool = False
     four_bits: bool = False
@@ -355,7 +361,7 @@ def _ia3_kept(layers, options):
     return HALF * sum({"output": linear.N, "input": linear.K, None: 0}[linear.ia3] for linear in layers.linears)
 
 
-def _adapter(places: int):
+def _adapter(places: int, starts: int):
     def parameters(shape, options):
         R, H = options.bottleneck, shape.hidden
         return places * shape.depth * (2 * R * H + R + H)
@@ -364,7 +370,7 @@ def _adapter(places: int):
         """ops.bottleneck keeps x and the pre-activation; x has the features that the last linear makes."""
         return places * HALF * (layers.linears[-1].N + options.bottleneck)
 
-    return {"parameters": parameters, "kept": kept}
+    return {"parameters": parameters, "kept": kept, "starts": starts}
 
 
 def _nothing(layers, options):
@@ -406,6 +412,7 @@ METHODS = {
             _all,
             _nothing,
             changes="weights",
+            starts=0,
             merges=True,
             quality="the most room to learn; ahead of LoRA on code and mathematics (Biderman et al., 2024)",
         ),
@@ -415,19 +422,19 @@ METHODS = {
         Method("qlora", **_LORA, four_bits=True, quality="equal to LoRA in 16 bits (Dettmers et al., 2023)"),
         Method(
             "adapter-parallel",
-            **_adapter(1),
+            **_adapter(1, starts=3),
             changes="layers",
             quality="ahead of adapters in series and of prefixes (He et al., 2022)",
         ),
         Method(
             "adapter-houlsby",
-            **_adapter(2),
+            **_adapter(2, starts=2),
             changes="layers",
             quality="within 0.4% of full fine-tuning on GLUE (Houlsby et al., 2019)",
         ),
         Method(
             "adapter-pfeiffer",
-            **_adapter(1),
+            **_adapter(1, starts=3),
             changes="layers",
             quality="about Houlsby's with half the modules (Pfeiffer et al., 2020)",
         ),
@@ -459,6 +466,7 @@ METHODS = {
             _prompt,
             _nothing,
             changes="input",
+            starts=0,
             lengthens=True,
             quality="near full fine-tuning only from about 10 billion parameters on (Lester et al., 2021)",
         ),
@@ -467,6 +475,7 @@ METHODS = {
             _prompt_mlp,
             _nothing,
             changes="input",
+            starts=0,
             lengthens=True,
             stored=_prompt,
             quality="for understanding tasks; behind p-tuning-v2 below 10 billion parameters (Liu et al., 2021)",
@@ -517,9 +526,9 @@ def estimate(
     holds one dequantized weight. With checkpoints a layer keeps its input, and is computed again for its backward.
 
     Not counted: the CUDA context, the allocator's fragments, masks of padded or packed batches, buffers of attention.
-    Counted for all layers alike: the first keeps less where nothing trains before it. A trainer with a loss of its own
-    that makes no logits, as TRL's, needs less. Stock peft needs more (benchmarks/memory.py measures it). Raises
-    ValueError for an unknown method or optimizer, a size below 1, and 4 bits for full fine-tuning.
+    A trainer with a loss of its own that makes no logits, as TRL's, needs less. Stock peft needs more
+    (benchmarks/memory.py measures it). Raises ValueError for an unknown method or optimizer, a size below 1, and 4 bits
+    for full fine-tuning.
     """
     _check(method, optimizer, four_bits, batch_size=batch_size, seq_len=seq_len, **vars(options))
     shape = config if isinstance(config, Shape) else shape_of(config, device)
@@ -540,13 +549,16 @@ def estimate(
     layers = []
     for group in shape.layers:
         copies = HALF * sum(linear.K * linear.N for linear in group.linears) if full else 0
-        whole = tokens * (group.kept_full if full else group.kept + way.kept(group, options)) + copies
+        whole = tokens * (group.kept_full if full else sum(group.kept) + way.kept(group, options)) + copies
         dense = HALF * max(linear.K * linear.N for linear in group.linears) if four_bits else 0
         layers.append((whole, tokens * group.work + dense))
     kept = [tokens * stream + RNG_STATE if gradient_checkpointing else whole for whole, _ in layers]
     again = max(whole for whole, _ in layers) if gradient_checkpointing else 0
     work = max(work for _, work in layers)
-    all_kept = sum(group.count * size for group, size in zip(shape.layers, kept, strict=True))
+    # A checkpoint keeps the layer's input whether or not that needs a gradient.
+    spared = 0 if gradient_checkpointing else tokens * sum(shape.layers[0].kept[: way.starts])
+    first = kept[0] - spared
+    all_kept = sum(group.count * size for group, size in zip(shape.layers, kept, strict=True)) - spared
 
     logits = tokens * HALF * shape.vocab
     buffer = min(tokens * FLOAT * shape.vocab, max(LOSS_BUFFER[device], FLOAT * shape.vocab))
@@ -557,7 +569,7 @@ def estimate(
         (0, all_kept + end, logits + buffer),
         (0, all_kept + last_norm, tokens * 5 * FLOAT * shape.hidden),
         (0, all_kept + again, work),
-        (gradients * (1 - 1 / shape.depth), kept[0] + again, work),
+        (gradients * (1 - 1 / shape.depth), first + again, work),
         (gradients, 0, step),
     ]
     if full:  # the head's gradient is made in bf16; a tied embedding has a second one, which is then added

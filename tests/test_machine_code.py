@@ -81,6 +81,11 @@ TRITON_INSTRUCTIONS += [
     for name in ("fwd", "fwd few", "dq", "dkv", "dprefix", "merge", "add_dq")
     for D in (64, 128, 256)
 ]
+TRITON_INSTRUCTIONS += [
+    ("scale_columns dx+sums dtype=bf16 C=4096", [r"LDG\.E\.128", r"STG\.E\.128"]),
+    ("bottleneck_fwd dtype=bf16 bias=fp32 R=64 K=4096 activation=gelu", [r"LDGSTS\..*128"]),
+    ("bottleneck_bwd dtype=bf16 bias=fp32 R=64 K=4096 activation=gelu", [r"LDGSTS\..*128"]),
+]
 # With 64 tokens and more a product is that of its generation: wgmma on Hopper, tcgen05 on Blackwell.
 TRITON_MATRIX_INSTRUCTION = {
     "80": r"HMMA\.16816",

@@ -20,6 +20,7 @@ from benchmarks.harness import Device
 from benchmarks.memory import peak_bytes, saved_bytes
 from fastpeft import memory
 from fastpeft.memory import METHODS, Options, estimate, shape_of
+from fastpeft.nn import BottleneckConfig, add_bottleneck
 from fastpeft.ops import cross_entropy
 from tests import models
 
@@ -64,9 +65,17 @@ def peft_config(method, config):
     return peft.PromptEncoderConfig(**positions)
 
 
+def bottleneck_config(method):
+    return BottleneckConfig(placement=method.removeprefix("adapter-"), r=OPTIONS.bottleneck)
+
+
 def adapted(model, config, method):
     from peft import get_peft_model
 
+    if method.startswith("adapter-"):
+        add_bottleneck(model, bottleneck_config(method))
+        fastpeft.accelerate(model)
+        return model
     model = get_peft_model(model, peft_config(method, config))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -134,6 +143,13 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (LLAMA, "dora", 2, 128, False),
         (LLAMA, "dora", 2, 128, True),
         (LLAMA, "qdora", 1, 256, False),
+        (LLAMA, "ia3", 2, 128, False),
+        (LLAMA, "ia3", 2, 128, True),
+        (LLAMA, "adapter-houlsby", 2, 128, False),
+        (LLAMA, "adapter-houlsby", 2, 128, True),
+        (LLAMA, "adapter-pfeiffer", 2, 128, False),  # of the first layer only the adapter is kept
+        (LLAMA, "adapter-parallel", 2, 128, False),
+        (LLAMA, "adapter-parallel", 2, 128, True),
         (LLAMA, "full", 4, 64, False),
         (LLAMA, "full", 1, 16, False),  # gradients outweigh activations
         (LLAMA, "full", 2, 128, True),
@@ -144,6 +160,9 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (QWEN3, "lora", 2, 128, False),
         (GPT2, "lora", 2, 128, False),
         (GPT2, "lora", 2, 128, True),
+        (GPT2, "adapter-houlsby", 2, 128, False),
+        (GPT2, "adapter-pfeiffer", 2, 128, False),
+        (GPT2, "ia3", 2, 128, False),
         (GPT2, "full", 2, 128, False),
     ],
     ids=lambda value: getattr(value, "model_type", None),
@@ -206,13 +225,13 @@ def test_trainable_parameters(config, method):
     assert METHODS[method].parameters(shape_of(config), OPTIONS) == trainable
 
 
-@pytest.mark.parametrize(("method", "places"), [("houlsby", 2), ("pfeiffer", 1), ("parallel", 1)])
-def test_trainable_parameters_of_bottlenecks(method, places):
-    from torch import nn
-
-    adapter = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 64))
-    expected = places * 4 * sum(p.numel() for p in adapter.parameters())
-    assert METHODS[f"adapter-{method}"].parameters(shape_of(LLAMA), OPTIONS) == expected
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("method", ["adapter-houlsby", "adapter-pfeiffer", "adapter-parallel"])
+def test_trainable_parameters_of_bottlenecks(config, method):
+    model = auto(config, "meta")
+    add_bottleneck(model, bottleneck_config(method))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert METHODS[method].parameters(shape_of(config), OPTIONS) == trainable
 
 
 def test_the_buffer_of_the_loss_is_the_one_that_the_loss_has():

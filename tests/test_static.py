@@ -308,3 +308,13 @@ def test_the_summary_has_a_row_a_kernel():
     (row,) = static.summary_rows(table, "90a")
     assert (row["kernel"], row["instances"], row["fewest_registers"], row["most_registers"]) == ("a_kernel", 2, 32, 128)
     assert (row["most_shared_bytes"], row["spills"], row["modelled_least_occupancy"]) == (64, 1, 0.25)
+
+
+def test_cost_of_scaled_columns_and_bottlenecks():
+    scaled = costs.scale_columns(8, 4096, itemsize=2)
+    assert scaled.read_bytes == 2 * 8 * 4096 * 2 + 4096 * 4 and scaled.written_bytes == 8 * 4096 * 2 + 4096 * 4
+    cost = costs.bottleneck(8, 4096, 64, itemsize=2)
+    assert cost.read_bytes == (8 + 2 * 64) * 4096 * 2 and cost.written_bytes == 8 * (4096 + 64) * 2
+    assert cost.tensor_core_ops == 2 * (2 * 8 * 4096 * 64)
+    gradient = costs.bottleneck_grad(8, 4096, 64, itemsize=2)
+    assert gradient.read_bytes == 8 * (4096 + 64) * 2 and gradient.written_bytes == 65 * 4096 * 4

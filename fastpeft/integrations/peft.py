@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fastpeft.integrations import bypass
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
 from fastpeft.integrations.peft_prefix import accelerate_prefix, prefix_reasons, restore_prefix
+from fastpeft.integrations.ia3 import IA3Layer, accelerate_ia3, restore_ia3, why_not_ia3
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen, norm_cache
 from fastpeft.nn.dora import dora_forward
-from fastpeft.ops.lora_linear import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) -> Report:
-    """Gives each LoRA and DoRA linear of a peft model the fused forward, in place; undone by `restore`.
+    """Gives each LoRA, DoRA and (IA)^3 linear of a peft model the fused forward, in place; undone by `restore`.
 
     model: any module that contains peft layers. Parameters, state-dict keys, trainable flags and peft's own methods
     stay as they are; layers that are not understood, and calls that are not plain (several active adapters, merged,
@@ -89,7 +89,9 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     loss = fuse_loss(model)
     accelerate_prefix(model)
     for (_, layer), row in zip(layers, rows, strict=False):  # the rows of prefixes come after those of layers
-        if row.status == "fused":
+        if row.status == "fused" and isinstance(layer, IA3Layer):
+            accelerate_ia3(layer)
+        elif row.status == "fused":
             layer.__class__ = _FUSED.get(type(layer), type(layer))
             layer._fold = fold
             make_finite(layer)
@@ -104,24 +106,20 @@ def restore(model: nn.Module) -> None:
             module.__class__ = _STOCK[type(module)]
             del module._fold
             restore_stock(module)
+    restore_ia3(model)
     restore_prefix(model)
     restore_loss(model)
     reopen_cpu_trap(model)
 
 
 def _why_not(layer: BaseTunerLayer) -> str | None:
+    if isinstance(layer, IA3Layer):
+        return why_not_ia3(layer)
     if type(layer) not in _FUSED and not isinstance(layer, _Fused):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not supported"
-    base = layer.base_layer
-    if not frozen.is_supported(base):
-        return f"the base layer is a {type(base).__name__}"
-    if frozen.is_linear4bit(base):
-        try:
-            frozen.weight_of(base)
-        except ValueError as error:
-            return str(error)
-    elif not _is_plain(base.weight):
-        return f"the base weight is a {type(base.weight).__name__}"
+    reason = bypass.why_not(layer.base_layer)
+    if reason is not None:
+        return reason
     if layer.lora_A and not any(_is_understood(layer, name) for name in layer.lora_A):
         variants = {type(variant).__name__.removesuffix("LinearVariant") for variant in layer.lora_variant.values()}
         return f"the adapter is a variant: {', '.join(sorted(variants)) or 'lora_bias'}"
@@ -132,22 +130,6 @@ def _is_understood(layer: BaseTunerLayer, adapter: str) -> bool:
     """Plain LoRA or DoRA."""
     variant = layer.lora_variant.get(adapter)
     return (variant is None or type(variant) in VARIANTS) and not layer.lora_bias.get(adapter)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Neither a sharded nor a quantized tensor subclass."""
-    return type(tensor) in (nn.Parameter, Tensor)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Somebody wants to see the calls of this module (hooks, offloading): they must not be bypassed."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 class _Fused:
@@ -190,24 +172,19 @@ class _Fused:
         # A wrapped child (FSDP gives it a class of its own) must be called, not read.
         if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
             return None
-        if not (_is_plain(lora_A.weight) and _is_plain(lora_B.weight)) or getattr(dropout, "p", 0.0) >= 1:
+        if not (bypass.is_plain(lora_A.weight) and bypass.is_plain(lora_B.weight)) or getattr(dropout, "p", 0.0) >= 1:
             return None
-        if _is_hooked(base) or _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+        if bypass.is_hooked(lora_A) or bypass.is_hooked(lora_B) or bypass.is_hooked(dropout):
             return None
         magnitude = None
         if active in self.lora_variant:
             magnitude = children["lora_magnitude_vector"]._modules[active]
-            if type(magnitude) not in MAGNITUDES or not _is_plain(magnitude.weight) or _is_hooked(magnitude):
+            if type(magnitude) not in MAGNITUDES or not bypass.is_plain(magnitude.weight):
                 return None
-        if type(base) is nn.Linear or frozen.is_conv1d(base):
-            if not _is_plain(base.weight):
+            if bypass.is_hooked(magnitude):
                 return None
-            if x.dtype != base.weight.dtype and autocast_dtype(x) is None:
-                return None
-        elif not frozen.is_linear4bit(base):
+        if not bypass.can_bypass(base, x):
             return None
-        elif base.compute_dtype is torch.float16 and x.dtype is not torch.float16 and autocast_dtype(x) is None:
-            return None  # peft's float32 adapter keeps gradients that would vanish in float16
         return base, lora_A, lora_B, magnitude, dropout, self.scaling[active]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastpeft.nn.convert import convert
 from fastpeft.nn.dora import DoRALinear
 from fastpeft.nn.frozen import is_conv1d, is_supported, weight_of
+from fastpeft.nn.ia3_files import ia3_layers, ia3_state, load_ia3
 from fastpeft.nn.lora import LoRALinear
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,8 +41,8 @@ _PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into the folder `path`, as peft would.
 
-    model: with LoRALinear or DoRALinear modules (see `convert`), or a PeftModel, whose active adapter peft writes. Each
-    file is written under a temporary name and renamed.
+    model: with LoRALinear, DoRALinear or IA3Linear modules (see `convert`), or a PeftModel, whose active adapter peft
+    writes. Each file is written under a temporary name and renamed.
 
     Raises ValueError when there is no adapter, or when the layers differ in dropout, rslora or DoRA, which the format
     cannot hold.
@@ -50,9 +51,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     if _is_peft_model(model):
         _save_peft(model, path)
         return
+    if ia3_layers(model):
+        if _lora_layers(model):
+            raise ValueError("the model has LoRALinear and IA3Linear modules; an adapter file holds one method")
+        _save(path, *ia3_state(model))
+        return
     layers = _lora_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRALinear; make them with fastpeft.convert")
+        raise ValueError("the model has no LoRALinear and no IA3Linear; make them with fastpeft.convert")
     config = _config(model, layers)
     tensors = {}
     for name, layer in layers.items():
@@ -60,7 +66,10 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
             if hasattr(layer, part):
                 weight = getattr(layer, part).weight
                 tensors[f"base_model.model.{name}.{key}"] = weight.detach().cpu().contiguous()
+    _save(path, config, tensors)
 
+
+def _save(path: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)
@@ -69,11 +78,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> list[str]:
-    """Loads a LoRA or DoRA adapter from the folder `path`, written by peft or fastpeft; returns the adapted modules.
+    """Loads a LoRA, DoRA or (IA)^3 adapter from the folder `path`, written by peft or fastpeft; returns the adapted
+    modules.
 
-    model: without adapters, then the modules that the file names are wrapped as by `convert`; or with LoRALinear or
-    DoRALinear modules, then the file must name the same ones with the same ranks and its alpha takes the place of
-    theirs.
+    model: without adapters, then the modules that the file names are wrapped as by `convert`; or with LoRALinear,
+    DoRALinear or IA3Linear modules, then the file must name the same ones, for LoRA and DoRA with the same ranks, and
+    its alpha takes the place of theirs.
 
     Raises ValueError, before the model is touched, for a file that is missing, not safetensors, malformed, of another
     method or for a changed base, or that does not fit the model; TypeError for a PeftModel, which loads adapters
@@ -83,6 +93,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> list[str]:
     if _is_peft_model(model):
         raise TypeError("this is a PeftModel: use model.load_adapter(path, adapter_name) of peft")
     config, tensors = _read(path)
+    if config.get("peft_type") == "IA3":
+        return load_ia3(model, config, tensors, path)
     _check_meaning(config, path)
     factors = _factors(tensors, bool(config.get("use_dora")), path)
     layers = _lora_layers(model)

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from fastpeft.nn.frozen import is_supported
+from fastpeft.nn.ia3 import IA3Linear
 from fastpeft.nn.lora import LoRALinear
+
+_ADAPTERS = (LoRALinear, IA3Linear)
 
 
 def convert(
@@ -27,7 +30,7 @@ def convert(
     if any(type(module).__module__.startswith("peft.tuners") for module in model.modules()):
         raise ValueError("the model has adapters of peft already; fastpeft.accelerate makes them fast")
     names = _matching(model, target_modules)
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    adapters = [module for module in model.modules() if isinstance(module, _ADAPTERS)]
     adapting = {parameter for adapter in adapters for parameter in adapter.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad and p not in adapting]
     made: dict[nn.Module, nn.Module] = {}  # a module with two names (tied) keeps one adapter
@@ -50,7 +53,7 @@ def convert(
 
 def _matching(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    adapters = [adapter for adapter in modules.values() if isinstance(adapter, LoRALinear)]
+    adapters = [adapter for adapter in modules.values() if isinstance(adapter, _ADAPTERS)]
     inside = {child for adapter in adapters for child in adapter.modules()}
     candidates = {name: module for name, module in modules.items() if name and module not in inside}
     if target_modules == "all-linear":

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from fastpeft import _native
 from fastpeft.ops import lora_linear_backends as lora
+from fastpeft.ops.columns import scale_columns, scale_columns_backward
 from fastpeft.ops.nf4 import nf4_merge
 from fastpeft.quant import NF4Weight
 from fastpeft.reference.dropout import keep_mask
@@ -36,9 +37,9 @@ class Eager:
             x = x * keep_mask(seed, *x.shape, p)
         z, xa = lora.Eager.forward(x, weight, A, B, None, scaling, 0.0, None, True)
         if y is None:
-            return _times_gain(z, gain, bias), z, xa
+            return scale_columns(z, gain, bias), z, xa
         y.addmm_(xa, B.to(x.dtype).t(), alpha=scaling / (1 - p))
-        return y.add_(_times_gain(z, (gain - 1) / (1 - p))), z, xa
+        return y.add_(scale_columns(z, (gain - 1) / (1 - p))), z, xa
 
     @staticmethod
     def backward(dy, x, z, xa, weight, A, B, gain, bias, scaling, p, seed, needs) -> list[Tensor | None]:
@@ -47,7 +48,7 @@ class Eager:
         if p > 0:
             dense, keep = lora.dense(weight, dy.dtype), keep_mask(seed, dy.shape[0], A.shape[1], p)
             kept_x = None if x is None else x * keep
-        dz, sums = _gain_backward(dy, z if need_gain else None, gain / (1 - p))
+        dz, sums = scale_columns_backward(dy, z if need_gain else None, gain / (1 - p))
         lora_needs = (need_x, need_weight, need_A, need_B, False)
         grads = lora.Eager.backward(dz, kept_x, xa, dense, A, B, None, scaling, 0.0, None, lora_needs)
         dx, dweight, dA, dB, _ = grads
@@ -60,31 +61,6 @@ class Eager:
                 dweight += torch.mm(dy.t(), torch.sub(x, kept_x, alpha=1 / (1 - p)))
         dgain = sums / (1 - p) if need_gain else None
         return [dx, dweight, dA, dB, dgain, _bias_gradient(dy, bias) if need_bias else None]
-
-
-# A product of 16-bit rows with a float32 gain: written with torch's arithmetic it makes float32 copies of the rows. A
-# batch norm of mean 0 and variance 1 is the same product, and so is its backward, in one pass each.
-
-
-def _times_gain(z: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`gain * z + bias`, in gain's dtype and rounded once to z's."""
-    if z.dtype == gain.dtype or z.numel() == 0:  # a batch norm of nothing divides by zero
-        return (z * gain if bias is None else torch.addcmul(bias.to(gain.dtype), z, gain)).to(z.dtype)
-    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
-    bias = mean if bias is None else bias.to(gain.dtype)
-    return torch.batch_norm(z, gain, bias, mean, variance, False, 0.0, 0.0, False)
-
-
-def _gain_backward(dy: Tensor, z: Tensor | None, gain: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`gain * dy`, rounded to dy's dtype, and the sums of dy * z over the rows, in gain's dtype; None without z."""
-    if z is None:
-        return _times_gain(dy, gain), None
-    if dy.dtype == gain.dtype or dy.numel() == 0:
-        return _times_gain(dy, gain), (dy * z).sum(0, dtype=gain.dtype)
-    mean, variance = torch.zeros_like(gain), torch.ones_like(gain)
-    of_running_statistics = (mean, variance, None, None, False, 0.0)
-    backward = torch.ops.aten.native_batch_norm_backward
-    return backward(dy.contiguous(), z, gain, *of_running_statistics, (True, True, False))[:2]
 
 
 def _bias_gradient(dy: Tensor, bias: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def test_damaged_and_foreign_files_are_refused_before_anything_is_touched(tmp_pa
     case("damaged", "is damaged", raw=b"\x10\x00\x00\x00\x00\x00\x00\x00not safetensors")
     case("dora", "has only lora_A, lora_B", new_config=config | {"use_dora": True})
     case("magnitude", "but use_dora is off", new_tensors=tensors | {magnitude: torch.ones(128)})
-    case("ia3", "not a plain LoRA or DoRA adapter.*IA3", new_config=config | {"peft_type": "IA3"})
+    case("loha", "not a plain LoRA or DoRA adapter.*LOHA", new_config=config | {"peft_type": "LOHA"})
     case("half", "has only lora_A", new_tensors={key: tensors[key]})
     case("odd", "is not the name of a LoRA matrix", new_tensors=tensors | {"something.else": torch.zeros(1)})
     case("shape", "q_proj has A", new_tensors=tensors | {key: torch.zeros(4, 7)})

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fastpeft.integrations import bypass
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
-from fastpeft.integrations.peft_prefix import accelerate_prefix, prefix_reasons, restore_prefix
 from fastpeft.integrations.ia3 import IA3Layer, accelerate_ia3, restore_ia3, why_not_ia3
+from fastpeft.integrations.peft_prefix import accelerate_prefix, prefix_reasons, restore_prefix
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen, norm_cache
 from fastpeft.nn.dora import dora_forward

@@ -47,9 +47,12 @@ def _case(**configuration) -> str:
 def _nf4(kernels) -> Launches:
     # In full, sizes, alignment and block sizes would be 40 versions of each kernel, dtype and kind of absmax. Sizes and
     # alignment decide how wide accesses are, block sizes how values are shared: each is varied with the other at rest.
+    # Dtypes decide how wide a value is: two of them at best and at worst.
     shapes = [(blocksize, 4096, True) for blocksize in _BLOCKSIZES]
     shapes += [(64, numel, True) for numel in _SIZES if numel != 4096] + [(64, 4095, False), (64, 4096, False)]
-    for (name, dtype), (blocksize, numel, aligned) in product(_DTYPES.items(), shapes):
+    others = list(product(("fp16", "fp32"), [(64, 4096, True), (64, 4095, False)]))
+    for name, (blocksize, numel, aligned) in [*product(["bf16"], shapes), *others]:
+        dtype = _DTYPES[name]
         packed, out = _tensor(-(-numel // 2), torch.uint8, aligned), _tensor(numel, dtype, aligned)
         case = _case(dtype=name, blocksize=blocksize, numel=numel, aligned=aligned)
         blocks = -(-numel // blocksize)
@@ -61,7 +64,8 @@ def _nf4(kernels) -> Launches:
         yield f"nf4_dequantize nested {case}", partial(dequantize, packed, codes, *nested, blocksize, out)
 
     shapes += [(blocksize, 4095, True) for blocksize in _BLOCKSIZES if blocksize != 64]  # the last block is short
-    for (name, dtype), (blocksize, numel, aligned) in product(_DTYPES.items(), shapes):
+    for name, (blocksize, numel, aligned) in [*product(["bf16"], shapes), *others]:
+        dtype = _DTYPES[name]
         weight, packed = _tensor(numel, dtype, aligned), _tensor(-(-numel // 2), torch.uint8, aligned)
         absmax = _tensor(-(-numel // blocksize), torch.float32, aligned)
         case = _case(dtype=name, blocksize=blocksize, numel=numel, aligned=aligned)
@@ -180,10 +184,10 @@ def _dora_linear(kernels) -> Launches:
 
 def _prefix_attention(kernels) -> Launches:
     # Head sizes choose the tile; 96 leaves columns of it empty. "light" is a causal attention as most models have it,
-    # "heavy" all that takes registers, and "packed" the bounds of documents.
+    # "heavy" all that takes registers, where there are most of them, and "packed" the bounds of documents.
     cases = [("light", dict(D=D, dtype="bf16")) for D in (64, 128, 256)]
-    cases += [("heavy", dict(D=D, dtype="fp16")) for D in (64, 128, 256)]
-    cases += [("packed", dict(D=96, dtype="bf16")), ("packed full", dict(D=128, dtype="bf16"))]
+    cases += [("heavy", dict(D=D, dtype="fp16")) for D in (128, 256)]
+    cases += [("packed", dict(D=96, dtype="bf16")), ("packed full", dict(D=64, dtype="bf16"))]
     for extras, shape in cases:
         q, k, row, prefix, cu_seqlens, mask, form = _attention(extras, **shape)
         case = f"{extras} {_case(**shape)}"

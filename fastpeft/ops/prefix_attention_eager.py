@@ -26,6 +26,7 @@ _LEAST_ROWS = 32
 # Where torch's flash attention is taken for many queries. On a CPU (AVX512-BF16) it is no faster on one thread, from 64
 # to 4096 tokens; on two it made a step of 1024 tokens 1.1 times as fast, one of 2 x 256 not. There only tests take it.
 _FLASH_DEVICES = ("cuda",)
+_JOINED_ON_CPU, _JOINED_ROWS = True, 64
 # Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -47,8 +48,8 @@ def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> 
         return out, lse
     if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
         _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse)
-    elif _decodes_on_cpu(q, cu_seqlens, form):
-        _decode_on_cpu(q, k, v, prefix_k, prefix_v, key_padding_mask, form, out, lse)
+    elif _joined_serves(q, k, prefix_k, cu_seqlens, key_padding_mask, form):
+        _joined_forward(q, k, v, prefix_k, prefix_v, key_padding_mask, form, out, lse)
     else:
         for i in _documents(cu_seqlens):
             real = q[:, :, i], k[:, :, i], v[:, :, i]
@@ -65,6 +66,8 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
         return [grad.zero_() for grad in grads]
     if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
         _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
+    elif q.shape[2] > 1 and _joined_serves(q, k, prefix_k, cu_seqlens, key_padding_mask, form):
+        _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
             real = [t[:, :, i] for t in (dout, q, k, v)]
@@ -244,27 +247,68 @@ def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> Non
         dprefix_v += dvalues[:, :, :P].sum(0)
 
 
-# One query on a CPU
+# torch's flash attention over joined keys, on a CPU: the least calls, and nothing but the inputs is copied. Its causal
+# mask lets row i see columns 0 to i, so P rows of zeros before the queries make it ours; they get no gradient and give
+# none. The keys are never empty there, which torch's op would divide by.
 
 
-def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:
-    plain = form.softcap is None and form.window is None and cu_seqlens is None
-    return plain and q.device.type == "cpu" and q.shape[2] == 1
+def _joined_serves(q, k, prefix_k, cu_seqlens, mask, form: Form) -> bool:
+    S, T, P = q.shape[2], k.shape[2], prefix_k.shape[1]
+    if q.device.type != "cpu" or form.softcap is not None or form.window is not None or cu_seqlens is not None:
+        return False
+    if S == 1:
+        return True
+    same = mask is None and (S == T or not form.causal) and q.dtype in _FLASH_DTYPES
+    return same and _JOINED_ON_CPU and S >= _JOINED_ROWS and P <= S // 4
 
 
-def _decode_on_cpu(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
-    """torch's op over joined keys: the least calls. Heads that share a key become rows of one attention."""
-    B, Hkv, D, P = *k.shape[:2], k.shape[3], prefix_k.shape[1]
-    keys, values = (_joined(*pair, q.dtype).view(B, Hkv, -1, D) for pair in ((prefix_k, k), (prefix_v, v)))
+def _joined_forward(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
+    queries, keys, values, causal = _joined_inputs(q, k, v, prefix_k, prefix_v, form)
     bias = None
     if mask is not None:
-        bias = torch.zeros(B, 1, 1, keys.shape[2], dtype=q.dtype)
-        bias[..., P:].masked_fill_(~mask[:, None, None], float("-inf"))
+        bias = torch.zeros(len(q), 1, 1, keys.shape[2], dtype=q.dtype)
+        bias[..., prefix_k.shape[1] :].masked_fill_(~mask[:, None, None], float("-inf"))
     result, result_lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q.reshape(B, Hkv, -1, D), keys, values, 0.0, False, attn_mask=bias, scale=form.scale
+        queries, keys, values, 0.0, causal, attn_mask=bias, scale=form.scale
     )
-    out.copy_(result.reshape(q.shape))
-    lse.copy_(result_lse.reshape(lse.shape))
+    if q.shape[2] == 1:
+        result, result_lse = result.reshape(q.shape), result_lse.reshape(lse.shape)
+    out.copy_(result[:, :, -q.shape[2] :])
+    lse.copy_(result_lse[:, :, -q.shape[2] :])
+
+
+def _joined_inputs(q, k, v, prefix_k, prefix_v, form: Form) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Queries, keys, values, and whether they are causal."""
+    (B, Hkv, _, D), S, P = k.shape, q.shape[2], prefix_k.shape[1]
+    keys, values = (_joined(*pair, q.dtype).view(B, Hkv, -1, D) for pair in ((prefix_k, k), (prefix_v, v)))
+    if S == 1:  # heads that share a key become rows of one attention
+        return q.reshape(B, Hkv, -1, D), keys, values, False
+    return _after(P if form.causal else 0, q), keys, values, form.causal
+
+
+def _after(rows: int, t: Tensor) -> Tensor:
+    """t [B, H, S, ...] after so many rows of zeros."""
+    B, H, S, *rest = t.shape
+    result = t.new_zeros(B, H, rows + S, *rest)
+    result[:, :, rows:] = t
+    return result
+
+
+def _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, grads) -> None:
+    dq, dk, dv, dprefix_k, dprefix_v = grads
+    queries, keys, values, causal = _joined_inputs(q, k, v, prefix_k, prefix_v, form)
+    Hkv, P, before = k.shape[1], prefix_k.shape[1], queries.shape[2] - q.shape[2]
+    # torch's op gives a thread whole heads of keys: of 3 of them two threads would have 2 and 1.
+    keys, values = (t.repeat_interleave(q.shape[1] // Hkv, 1) for t in (keys, values))
+    dqueries, *dkeys_dvalues = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _after(before, dout), queries, keys, values, _after(before, out), _after(before, lse), 0.0, causal,
+        scale=form.scale,
+    )  # fmt: skip
+    dq.copy_(dqueries[:, :, before:])
+    for joined, real, prefix in zip(dkeys_dvalues, (dk, dv), (dprefix_k, dprefix_v), strict=True):
+        joined = joined.unflatten(1, (Hkv, -1)).sum(2, dtype=prefix.dtype)
+        real.copy_(joined[:, :, P:])
+        torch.sum(joined[:, :, :P], 0, out=prefix)
 
 
 # Flash

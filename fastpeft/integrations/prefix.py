@@ -125,6 +125,7 @@ class StackHook(ABC):
         stack.register_forward_pre_hook(self, with_kwargs=True)
         stack.register_forward_hook(_check_used, with_kwargs=True)
         self.shifting = _shifting(stack) if shift else None
+        self.relative_bias = _relative_bias(stack)  # here: the search goes through all modules
         if isinstance(self.shifting, nn.Module):
             self.shifting.register_forward_pre_hook(self.shift_positions, with_kwargs=True)
 
@@ -139,7 +140,7 @@ class StackHook(ABC):
         past = kwargs.get("past_key_values")
         seen = 0 if past is None else past.get_seq_length()
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts on in place
-        prefix = Prefix(layers, cross, _relative_bias(stack), seen)
+        prefix = Prefix(layers, cross, self.relative_bias, seen)
         kwargs["fastpeft_prefix"] = prefix
         self.shift = prefix.length
         if self.shift and self.shifting == "position_ids":

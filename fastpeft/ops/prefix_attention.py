@@ -65,6 +65,8 @@ def prefix_attention(
     if name == "reference":
         masks = {"cu_seqlens": cu_seqlens, "key_padding_mask": key_padding_mask}
         return _reference(q, k, v, prefix_k, prefix_v, **form._asdict(), **masks)
+    if not training:  # decoding: an autograd node would cost as much as a small operation
+        return _forward(name, tensors, form)[0]
     return PrefixAttentionFn.apply(*tensors, form, name)
 
 
@@ -106,9 +108,16 @@ def _check(q, k, v, prefix_k, prefix_v, causal, window, softcap, cu_seqlens, mas
             raise ValueError(f"q is on {q.device}, {name} is on {t.device}")
 
 
+def _forward(name: str, tensors: tuple, form: Form) -> tuple[Tensor, Tensor]:
+    # All dtypes are settled: an autocast that is on must not mix in.
+    q = tensors[0]
+    guard = torch.autocast(q.device.type, enabled=False) if autocast_dtype(q) is not None else nullcontext()
+    with guard:
+        return RUNNERS[name].forward(*tensors, form)
+
+
 def _backward(name: str, dout: Tensor, saved: tuple, form: Form) -> list[Tensor]:
     """The five gradients in the types of their tensors."""
-    # All dtypes are settled: an autocast that is on must not mix in.
     guard = torch.autocast(dout.device.type, enabled=False) if autocast_dtype(dout) is not None else nullcontext()
     with guard:
         grads = RUNNERS[name].backward(dout, *saved, form)
@@ -121,9 +130,7 @@ class PrefixAttentionFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form, name):
         tensors = (q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask)
-        guard = torch.autocast(q.device.type, enabled=False) if autocast_dtype(q) is not None else nullcontext()
-        with guard:
-            out, lse = RUNNERS[name].forward(*tensors, form)
+        out, lse = _forward(name, tensors, form)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*tensors, out, lse)
             ctx.form, ctx.name = form, name

@@ -2,8 +2,9 @@
 
 Flash: torch's own op attends over the real keys and returns the log-sum-exp; the prefix is a small product beside it,
 and both are merged in float32. In backward torch's op gets the merged output and log-sum-exp, so that its gradients are
-those of the joint softmax. Blocks: where torch's op cannot (padding, windows, softcap) or is slower, as on a CPU. A
-block of query rows has the scores of prefix and real keys side by side in one buffer, so that one softmax serves both.
+those of the joint softmax. Joined, on a CPU: torch's op over copies in which the prefix stands before the keys of each
+sequence. Blocks: where torch's op cannot (padding, windows, softcap) or is slower. A block of query rows has the scores
+of prefix and real keys side by side in one buffer, so that one softmax serves both.
 
 No tensor of S x (P + T) elements is made: temporaries are bounded by `_BLOCK_ELEMENTS`, or by 32 rows of scores.
 """
@@ -23,10 +24,15 @@ aten = torch.ops.aten
 _BLOCK_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
 _LEAST_ROWS = 32
 
-# Where torch's flash attention is taken for many queries. On a CPU (AVX512-BF16) it is no faster on one thread, from 64
-# to 4096 tokens; on two it made a step of 1024 tokens 1.1 times as fast, one of 2 x 256 not. There only tests take it.
+# Where torch's flash attention attends over the real keys beside the prefix. On a CPU joined keys are faster (below);
+# there only tests take it.
 _FLASH_DEVICES = ("cuda",)
-# Its backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
+# From how many query rows torch's flash attention is called with joined keys on a CPU. Forward: of 256 to 1024 rows, 9
+# heads of 64, 3 of keys, it took as long as blocks on one thread, 0.7 to 0.8 of it on two (AMD EPYC, AVX512-BF16).
+# Backward: of 256 rows it took 1.4 times as long as blocks, of 1024 0.9 times; from 768 on it has tiles of 256 rows.
+_JOINED_ROWS, _JOINED_BACKWARD_ROWS = 64, 768
+_JOINED_PREFIXES = 4  # so many times P rows at least: the rows of zeros and the copies of the prefix should cost little
+# Of both: the backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -41,14 +47,15 @@ class Form(NamedTuple):
 
 def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, S, D] in q's dtype, a token's heads side by side, and lse [B, H, S] in at least float32."""
+    flash = flash_serves(q, k, cu_seqlens, key_padding_mask, form)
+    if q.numel() > 0 and not flash and _joins_forward(q, k, prefix_k, cu_seqlens, key_padding_mask, form):
+        return _joined_forward(q, k, v, prefix_k, prefix_v, key_padding_mask, form)
     out = torch.empty_permuted(q.shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
     if out.numel() == 0:
         return out, lse
-    if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
+    if flash:
         _flash_forward(q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse)
-    elif _decodes_on_cpu(q, cu_seqlens, form):
-        _decode_on_cpu(q, k, v, prefix_k, prefix_v, key_padding_mask, form, out, lse)
     else:
         for i in _documents(cu_seqlens):
             real = q[:, :, i], k[:, :, i], v[:, :, i]
@@ -65,6 +72,8 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
         return [grad.zero_() for grad in grads]
     if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
         _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
+    elif _joins_backward(q, k, prefix_k, cu_seqlens, key_padding_mask, form):
+        _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, grads)
     else:
         for i in _documents(cu_seqlens):
             real = [t[:, :, i] for t in (dout, q, k, v)]
@@ -244,27 +253,70 @@ def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> Non
         dprefix_v += dvalues[:, :, :P].sum(0)
 
 
-# One query on a CPU
+# torch's flash attention over joined keys, on a CPU. Its causal mask lets row i see columns 0 to i, so P rows of zeros
+# before the queries make it ours; they neither get a gradient nor give one.
 
 
-def _decodes_on_cpu(q, cu_seqlens, form: Form) -> bool:
-    plain = form.softcap is None and form.window is None and cu_seqlens is None
-    return plain and q.device.type == "cpu" and q.shape[2] == 1
+def _joins_forward(q, k, prefix_k, cu_seqlens, mask, form: Form) -> bool:
+    S, T, P = q.shape[2], k.shape[2], prefix_k.shape[1]
+    if q.device.type != "cpu" or form.softcap is not None or form.window is not None or cu_seqlens is not None:
+        return False
+    aligned = mask is None and (S == T or not form.causal)
+    long = S >= _JOINED_ROWS and S >= _JOINED_PREFIXES * P
+    return S == 1 or (long and aligned and q.dtype in _FLASH_DTYPES)
 
 
-def _decode_on_cpu(q, k, v, prefix_k, prefix_v, mask, form, out, lse) -> None:
-    """torch's op over joined keys: the least calls. Heads that share a key become rows of one attention."""
-    B, Hkv, D, P = *k.shape[:2], k.shape[3], prefix_k.shape[1]
-    keys, values = (_joined(*pair, q.dtype).view(B, Hkv, -1, D) for pair in ((prefix_k, k), (prefix_v, v)))
+def _joins_backward(q, k, prefix_k, cu_seqlens, mask, form: Form) -> bool:
+    return q.shape[2] >= _JOINED_BACKWARD_ROWS and _joins_forward(q, k, prefix_k, cu_seqlens, mask, form)
+
+
+def _joined_forward(q, k, v, prefix_k, prefix_v, mask, form) -> tuple[Tensor, Tensor]:
+    (B, Hkv, _, D), S, P = k.shape, q.shape[2], prefix_k.shape[1]
+    keys, values = (_before_each(prefix, real) for prefix, real in ((prefix_k, k), (prefix_v, v)))
     bias = None
     if mask is not None:
         bias = torch.zeros(B, 1, 1, keys.shape[2], dtype=q.dtype)
         bias[..., P:].masked_fill_(~mask[:, None, None], float("-inf"))
-    result, result_lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q.reshape(B, Hkv, -1, D), keys, values, 0.0, False, attn_mask=bias, scale=form.scale
+    causal = form.causal and S > 1
+    # Of one query the heads that share a key become rows of one attention.
+    queries = q.reshape(B, Hkv, -1, D) if S == 1 else _after(P if causal else 0, q)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        queries, keys, values, 0.0, causal, attn_mask=bias, scale=form.scale
     )
-    out.copy_(result.reshape(q.shape))
-    lse.copy_(result_lse.reshape(lse.shape))
+    if S == 1:
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    return out[:, :, -S:].transpose(1, 2).contiguous().transpose(1, 2), lse[:, :, -S:].contiguous()
+
+
+def _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, grads) -> None:
+    dq, dk, dv, dprefix_k, dprefix_v = grads
+    Hkv, P = k.shape[1], prefix_k.shape[1]
+    # torch's op gives a thread whole heads of keys: of 3 of them two threads would have 2 and 1.
+    joined = (_before_each(prefix, real) for prefix, real in ((prefix_k, k), (prefix_v, v)))
+    keys, values = (t.repeat_interleave(q.shape[1] // Hkv, 1) for t in joined)
+    before = P if form.causal else 0
+    rows = (_after(before, t) for t in (out, lse))
+    dqueries, *dkeys_dvalues = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _after(before, dout), _after(before, q), keys, values, *rows, 0.0, form.causal, scale=form.scale
+    )
+    dq.copy_(dqueries[:, :, before:])
+    for joined, real, prefix in zip(dkeys_dvalues, (dk, dv), (dprefix_k, dprefix_v), strict=True):
+        joined = joined.unflatten(1, (Hkv, -1)).sum(2, dtype=prefix.dtype)
+        real.copy_(joined[:, :, P:])
+        torch.sum(joined[:, :, :P], 0, out=prefix)
+
+
+def _before_each(prefix: Tensor, real: Tensor) -> Tensor:
+    """[B, Hkv, P + T, D] in the dtype of `real`."""
+    return torch.cat([prefix.to(real.dtype).expand(len(real), -1, -1, -1), real], 2)
+
+
+def _after(rows: int, t: Tensor) -> Tensor:
+    """t [B, H, S, ...] after so many rows of zeros."""
+    result = t.new_empty(*t.shape[:2], rows + t.shape[2], *t.shape[3:])
+    result[:, :, :rows] = 0
+    result[:, :, rows:] = t
+    return result
 
 
 # Flash
@@ -274,6 +326,8 @@ def flash_serves(q, k, cu_seqlens, mask, form: Form) -> bool:
     """Whether torch's flash attention can attend over the real keys, and is the faster way."""
     S, T, D = q.shape[2], k.shape[2], q.shape[3]
     if form.softcap is not None or form.window is not None or (form.causal and S not in (1, T)):
+        return False
+    if T == 0:  # torch's op of a CPU divides by the number of keys: the process ends (pytorch issue 141219)
         return False
     if mask is not None or q.dtype not in _FLASH_DTYPES or q.device.type not in _FLASH_DEVICES:
         return False

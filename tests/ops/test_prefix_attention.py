@@ -14,10 +14,13 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 NAMES = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
 
 
-@pytest.fixture(params=("blocks", "flash"))
+@pytest.fixture(params=("blocks", "flash", "joined"))
 def form(request, monkeypatch):
-    """Both forms of the eager backend on a CPU, whatever the sizes; small blocks, so that there are several."""
+    """All forms of the eager backend on a CPU, whatever the sizes; small blocks, so that there are several."""
     monkeypatch.setattr(eager, "_FLASH_DEVICES", ("cpu", "cuda") if request.param == "flash" else ())
+    for name in ("_JOINED_ROWS", "_JOINED_BACKWARD_ROWS"):
+        monkeypatch.setattr(eager, name, 2 if request.param == "joined" else 10**9)
+    monkeypatch.setattr(eager, "_JOINED_PREFIXES", 0)
     monkeypatch.setattr(eager, "_FLASH_DTYPES", (BF16, FP16, FP64))  # float64 for gradcheck
     monkeypatch.setitem(eager._BLOCK_ELEMENTS, "cpu", 2**12)
     monkeypatch.setattr(eager, "_LEAST_ROWS", 8)
@@ -69,7 +72,7 @@ def check(tensors, backend=None, **options):
 
 def kind(S, form):
     """float32 shows more, but torch's flash is for 16 bits; and of a few rows the largest error is a matter of luck."""
-    return {"B": 16 if S < 10 else 3, "dtype": BF16 if S < 10 or form == "flash" else FP32}
+    return {"B": 16 if S < 10 else 3, "dtype": FP32 if S >= 10 and form == "blocks" else BF16}
 
 
 @over("eager")
@@ -162,13 +165,39 @@ def test_no_rows(backend):
         assert got["out"].shape == tensors[0].shape and (got["dprefix_k"] == 0).all()
 
 
+@over("eager")
+def test_no_keys(backend, form):
+    """Nothing but the prefix is seen. torch's flash attention on a CPU would end the process: it divides by their
+    number."""
+    check(problem(2, 4, 2, 33, 0, dtype=BF16), backend, causal=False)
+
+
+def test_which_form_serves_on_a_cpu(monkeypatch):
+    """Long rows without a mask of their own go to torch's flash attention, and to blocks in a short backward."""
+    calls = []
+    for name in ("_joined_forward", "_joined_backward", "_block_forward", "_block_backward"):
+        stock = getattr(eager, name)
+        monkeypatch.setattr(eager, name, lambda *a, name=name, stock=stock: calls.append(name) or stock(*a))
+    for S, P, dtype, options, expected in (
+        (800, 3, BF16, {}, ["_joined_forward", "_joined_backward"]),
+        (100, 3, BF16, {}, ["_joined_forward", "_block_backward"]),
+        (100, 26, BF16, {}, ["_block_forward", "_block_backward"]),
+        (800, 3, FP32, {}, ["_block_forward", "_block_backward"]),
+        (800, 3, BF16, {"key_padding_mask": padding(1, 800, "left")}, ["_block_forward", "_block_backward"]),
+    ):
+        calls.clear()
+        check(problem(1, 2, 1, S, P=P, dtype=dtype), **options)
+        assert calls == expected, (S, P, dtype)
+
+
 def test_parity_for_views(form):
     """Contiguous and transposed inputs, rows of a wider tensor, an expanded gradient."""
-    q, k, v, prefix_k, prefix_v, dout = problem(2, 4, 2, 33)
-    wide = torch.randn(2, 33, 3, 4, 35)
+    dtype = kind(33, form)["dtype"]
+    q, k, v, prefix_k, prefix_v, dout = problem(2, 4, 2, 33, dtype=dtype)
+    wide = torch.randn(2, 33, 3, 4, 35).to(dtype)
     check([wide[:, :, 1, :, 3:].transpose(1, 2), k.contiguous(), v, prefix_k, prefix_v, dout])
-    check([q, k, v, torch.randn(7, 2, 32).transpose(0, 1), prefix_v, dout.contiguous()])
-    check([q, k, v, prefix_k, prefix_v, torch.ones(1, 1, 1, 1).expand(2, 4, 33, 32)])
+    check([q, k, v, torch.randn(7, 2, 32).to(dtype).transpose(0, 1), prefix_v, dout.contiguous()])
+    check([q, k, v, prefix_k, prefix_v, torch.ones(1, 1, 1, 1, dtype=dtype).expand(2, 4, 33, 32)])
 
 
 @pytest.mark.parametrize("options", ({}, {"window": 5}, {"softcap": 1.5}, {"causal": False}, {"mask": True}))

@@ -159,9 +159,9 @@ class PromptTunedCausalLM(_PromptTuned, PeftModelForCausalLM):
         if "labels" in kwargs:
             kwargs["labels"] = pad(kwargs["labels"], (self._P, 0), value=-100)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args, task_ids: Tensor | None = None, **kwargs):
         """As peft's, which drops the positions."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, task_ids=task_ids, **kwargs)
         positions = inputs.get("position_ids")
         if positions is not None:
             starts = inputs.get("inputs_embeds") is not None

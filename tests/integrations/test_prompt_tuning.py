@@ -1,4 +1,4 @@
-"""peft's prompt tuning, P-Tuning and multitask prompt tuning, accelerated: against stock peft, and where it is wrong."""
+"""peft's prompt tuning, P-Tuning and multitask prompt tuning, accelerated: against peft, and where peft is wrong."""
 
 import copy
 import warnings

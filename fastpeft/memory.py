@@ -71,8 +71,9 @@ class Layers:
 @dataclass(frozen=True)
 class Shape:
     """What the estimate needs to know of a model. hidden, vocab: features and rows of the embedding. heads: of queries.
-    key_width: features of a layer's keys. head: parameters of the output layer, 0 where it is tied. embeddings: all parameters
-    that are neither there nor in layers. checked: whether the tests compare its activations with measured ones."""
+    key_width: features of a layer's keys. head: parameters of the output layer, 0 where it is tied. embeddings: all
+    parameters that are neither there nor in layers. checked: whether the tests compare its activations with measured
+    ones."""
 
     layers: tuple[Layers, ...]
     hidden: int
@@ -151,7 +152,8 @@ def _llama_layer(config, heads: int, kv_heads: int, head_dim: int) -> Layers:
 
     What the linears read is kept only where something on them trains, in bf16: one tensor for q, k, v and one for gate,
     up under fastpeft's LoRA; one for each linear under autocast's casts of the float32 stream. Backward of the MLP
-    allocates the gradients of gate, up and their product, of which two are more than it has freed by then.
+    allocates the gradients of gate, up and their product, of which two are more than it has freed by then; all three
+    where the product itself was not kept.
     """
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
     Q, KV = heads * head_dim, kv_heads * head_dim
@@ -314,8 +316,9 @@ class Method:
     where it is not all. kept(layers, options): bytes that it adds to what one layer keeps for a token. changes:
     "weights", "layers" (modules beside frozen weights) or "input" (positions before the text or its keys). starts: the
     part of `Layers.kept` in which it begins to train; what comes before it in the first layer needs no gradient, and is
-    not kept. attends: with positions in ops.prefix_attention. merges: into dense weights, without a cost afterwards. lengthens: its positions pass through every layer.
-    quality: what was published about it.
+    not kept. reads: it keeps what the linears read, which backward frees as it goes. attends: with positions in
+    ops.prefix_attention. merges: into dense weights, without a cost afterwards. lengthens: its positions pass through
+    every layer. quality: what was published about it.
     """
 
     name: str
@@ -324,6 +327,7 @@ class Method:
     changes: str
     quality: str
     starts: int = 1
+    reads: bool = False
     attends: bool = False
     merges: bool = False
     lengthens: bool = False
@@ -407,7 +411,7 @@ def _all(shape, options):
     return shape.parameters
 
 
-_LORA = {"parameters": _lora, "kept": _lora_kept, "changes": "layers", "merges": True}
+_LORA = {"parameters": _lora, "kept": _lora_kept, "changes": "layers", "reads": True, "merges": True}
 _DORA = _LORA | {"parameters": _dora, "kept": _dora_kept}
 
 # In the order of the quality that the publications found; where they did not compare, of what they train.
@@ -420,6 +424,7 @@ METHODS = {
             _nothing,
             changes="weights",
             starts=0,
+            reads=True,
             merges=True,
             quality="the most room to learn; ahead of LoRA on code and mathematics (Biderman et al., 2024)",
         ),
@@ -572,12 +577,15 @@ def estimate(
         copies = HALF * sum(linear.K * linear.N for linear in group.linears) if full else 0
         whole = tokens * (group.kept_full if full else sum(group.kept) + way.kept(group, options)) + copies
         dense = HALF * max(linear.K * linear.N for linear in group.linears) if four_bits else 0
-        layers.append((whole, tokens * group.work + dense))
+        work = group.work + (0 if way.reads else HALF * group.linears[-1].K)
+        layers.append((whole, tokens * work + dense))
     kept = [tokens * stream + RNG_STATE if gradient_checkpointing else whole for whole, _ in layers]
     again = max(whole for whole, _ in layers) if gradient_checkpointing else 0
     work = max(work for _, work in layers)
     # A checkpoint keeps the layer's input whether or not that needs a gradient.
     spared = 0 if gradient_checkpointing else tokens * sum(shape.layers[0].kept[: way.starts])
+    # A prompt is joined to the text's embeddings, which a checkpoint's input that requires a gradient keeps alive.
+    again += HALF * batch_size * seq_len * shape.hidden if way.lengthens and gradient_checkpointing else 0
     first = kept[0] - spared
     all_kept = sum(group.count * size for group, size in zip(shape.layers, kept, strict=True)) - spared
 

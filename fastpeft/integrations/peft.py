@@ -69,7 +69,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. The stock loss of
     a causal language model gives way to one of the same value that makes no float32 copy of the logits. 4-bit layers
     of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients. Where peft's DoRA
-    gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite.
+    gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite. Models with a prefix
+    or a prompt (prefix tuning, prompt tuning, P-Tuning, multitask prompt tuning) get calls of their own.
 
     fold: of LoRA, where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the
     update to the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import torch
 from peft import (
@@ -140,6 +141,7 @@ class PromptTunedCausalLM(_PromptTuned, PeftModelForCausalLM):
     _is_decoder = True
 
     def _forward(self, **kwargs):
+        """With what a call before has left in the cache, the prompt is there."""
         past = kwargs.get("past_key_values")
         if past is None or past.get_seq_length() == 0:
             return super()._forward(**kwargs)
@@ -148,13 +150,14 @@ class PromptTunedCausalLM(_PromptTuned, PeftModelForCausalLM):
         text = _text(self, kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None))
         _count(self.base_model, kwargs, text.shape[1])
         if "position_ids" in kwargs:
-            kwargs["position_ids"] = kwargs["position_ids"] + self._P  # the prompt is in the cache
+            kwargs["position_ids"] = kwargs["position_ids"] + self._P
         if "attention_mask" in kwargs:
             kwargs["attention_mask"] = pad(kwargs["attention_mask"], (self._P, 0), value=1)
         return self.base_model(inputs_embeds=text, **kwargs)
 
     def _move(self, kwargs):
-        kwargs.pop("token_type_ids", None)  # peft does not pass them on either
+        if kwargs.pop("token_type_ids", None) is not None:
+            warnings.warn("token_type_ids are ignored: a prompt of a causal model has none", stacklevel=4)
         super()._move(kwargs)
         if "labels" in kwargs:
             kwargs["labels"] = pad(kwargs["labels"], (self._P, 0), value=-100)

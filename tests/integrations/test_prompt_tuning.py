@@ -453,6 +453,14 @@ def test_bad_calls_have_a_clear_error():
             model(**arguments)
 
 
+def test_token_types_of_a_causal_model_are_left_out_as_in_peft():
+    model, ids = tuned(gpt2), text()
+    expected = model(input_ids=ids).logits
+    fastpeft.accelerate(model)
+    with pytest.warns(UserWarning, match="token_type_ids are ignored"):
+        assert torch.equal(model(input_ids=ids, token_type_ids=torch.ones_like(ids)).logits, expected)
+
+
 def test_the_report_says_why_a_prompt_is_left():
     cpt = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4])
     other = tuned()

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.environment import RESULTS, append_csv, clocks, describe
 from benchmarks.harness import Device
-from benchmarks.models import METHODS, SIDES, build
+from benchmarks.models import METHODS, SIDES, build, fused, other
 from benchmarks.step import add_model_arguments, in_pairs, ratio_text, shape_of
 
 
@@ -47,8 +47,6 @@ def check_logits(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    import fastpeft
-
     args = parse(argv)
     device = Device(torch.device(args.device))
     shape = shape_of(args)
@@ -62,7 +60,6 @@ def main(argv: list[str] | None = None) -> None:
         model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **lengths)
 
     pairs = in_pairs(model, generate, device, args.repeats, args.seconds)
-    fused = fastpeft.accelerate(model).summary
     row = describe(device.device) | clocks(device.device) | {
         "model": args.model,
         "method": args.method,
@@ -73,13 +70,14 @@ def main(argv: list[str] | None = None) -> None:
         "new": args.new,
         "rank": args.rank,
         "dtype": args.dtype,
-        "fused": fused,
+        "fused": fused(model),
         **pairs.columns(args.batch * args.new),
     }  # fmt: skip
     append_csv(args.out, row)
     print(f"{row['device']}: {args.method}, {shape.layers} layers of {shape.hidden}, decoding {args.batch}x{args.new} "
-          f"tokens, {args.dtype}; {fused}")  # fmt: skip
-    print(f"peft {row['peft_tokens_per_s']} tokens/s, fastpeft {row['fastpeft_tokens_per_s']}: {ratio_text(row)}")
+          f"tokens, {args.dtype}; {row['fused']}")  # fmt: skip
+    ours = f"fastpeft {row['fastpeft_tokens_per_s']}"
+    print(f"{other(args.method)} {row['peft_tokens_per_s']} tokens/s, {ours}: {ratio_text(row)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Models for the end-to-end benchmarks: Llama shapes, random weights, built on the device, with stock peft around."""
+"""Models for the end-to-end benchmarks: Llama shapes, random weights, built on the device, with stock peft around.
+
+Of bottleneck adapters, which peft does not have, the other side is the same module in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; transform
 import torch
 from torch import Tensor, nn
 
-METHODS = ("lora", "qlora", "dora", "qdora", "prefix", "ia3")
+from fastpeft import use_backend
+from fastpeft.nn import BottleneckAdapter, BottleneckConfig, add_bottleneck
+
+ADAPTERS = ("adapter-houlsby", "adapter-pfeiffer", "adapter-parallel")
+METHODS = ("lora", "qlora", "dora", "qdora", "ia3", "prefix", "prompt", "p-tuning", *ADAPTERS)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PREFIX_TOKENS = 32
+VIRTUAL_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,17 @@ SHAPES = {
 def build(
     shape: Shape, method: str, rank: int = 16, dropout: float = 0.0, dtype: str = "bf16", device: str = "cpu"
 ) -> nn.Module:
-    """A stock peft model in training mode; the base weights are random, the adapters too, so that nothing is zero."""
+    """A stock peft model in training mode; the base weights are random, the adapters too, so that nothing is zero.
+
+    rank: of bottleneck adapters the features inside.
+    """
     if method.startswith("q") and find_spec("bitsandbytes") is None:
         raise SystemExit(f"{method} needs bitsandbytes, which is not installed")
     torch.manual_seed(0)
     model = _with_adapter(_base(shape, method, DTYPES[dtype], device), method, rank, dropout)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or name.endswith("up.weight"):
                 parameter.normal_(std=0.02)
             elif "ia3_l" in name:
                 parameter.normal_(mean=1.0, std=0.1)
@@ -87,10 +97,22 @@ def _quantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _with_adapter(model: nn.Module, method: str, rank: int, dropout: float) -> nn.Module:
-    from peft import IA3Config, LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+    from peft import (
+        IA3Config,
+        LoraConfig,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptTuningConfig,
+        TaskType,
+        get_peft_model,
+    )
 
-    if method == "prefix":
-        config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=PREFIX_TOKENS)
+    if method in ADAPTERS:
+        add_bottleneck(model, BottleneckConfig(placement=method.removeprefix("adapter-"), r=rank))
+        return model
+    before_text = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig, "p-tuning": PromptEncoderConfig}
+    if method in before_text:
+        config = before_text[method](task_type=TaskType.CAUSAL_LM, num_virtual_tokens=VIRTUAL_TOKENS)
     elif method == "ia3":
         config = IA3Config(
             task_type=TaskType.CAUSAL_LM,
@@ -116,12 +138,42 @@ def stock(model: nn.Module) -> None:
     import fastpeft
 
     fastpeft.restore(model)
+    _change(model, BottleneckAdapter, _PlainAdapter)
 
 
 def accelerated(model: nn.Module) -> None:
     import fastpeft
 
     fastpeft.accelerate(model)
+    _change(model, _PlainAdapter, BottleneckAdapter)
+
+
+class _PlainAdapter(BottleneckAdapter):
+    """The formula in plain PyTorch, of which autograd keeps what it asks for."""
+
+    def forward(self, *args: Tensor) -> Tensor:
+        with use_backend("reference"):
+            return super().forward(*args)
+
+
+def _change(model: nn.Module, old: type, new: type) -> None:
+    for module in model.modules():
+        if type(module) is old:
+            module.__class__ = new
+
+
+def other(method: str) -> str:
+    """Whose the stock side is."""
+    return "plain PyTorch" if method in ADAPTERS else "peft"
+
+
+def fused(model: nn.Module) -> str:
+    """What the accelerated side has."""
+    import fastpeft
+
+    adapters = sum(isinstance(module, BottleneckAdapter) for module in model.modules())
+    summary = fastpeft.accelerate(model).summary
+    return f"{adapters} of {adapters} adapters on ops.bottleneck, with the fused loss" if adapters else summary
 
 
 SIDES: dict[str, Callable[[nn.Module], None]] = {"peft": stock, "fastpeft": accelerated}

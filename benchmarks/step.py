@@ -22,7 +22,7 @@ from torch import nn
 
 from benchmarks.environment import RESULTS, append_csv, clocks, describe
 from benchmarks.harness import Device, quantile
-from benchmarks.models import DTYPES, METHODS, SHAPES, SIDES, build, check_gradients
+from benchmarks.models import DTYPES, METHODS, SHAPES, SIDES, build, check_gradients, fused, other
 from benchmarks.shapes import DEVICES
 
 _FEWEST_PAIRS = 3
@@ -151,8 +151,6 @@ def in_pairs(
 
 
 def main(argv: list[str] | None = None) -> None:
-    import fastpeft
-
     args = parse(argv)
     device = Device(torch.device(args.device))
     shape = shape_of(args)
@@ -163,7 +161,6 @@ def main(argv: list[str] | None = None) -> None:
     tokens = torch.randint(0, shape.vocab, (args.batch, args.seq), device=args.device)
     check_gradients(model, tokens)
     pairs = in_pairs(model, Step(model, tokens, args.accumulation), device, args.repeats, args.seconds)
-    fused = fastpeft.accelerate(model).summary
     row = describe(device.device) | clocks(device.device) | {
         "model": args.model,
         "method": args.method,
@@ -175,13 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": args.dtype,
         "accumulation": args.accumulation,
         "checkpointing": str(args.checkpointing).lower(),
-        "fused": fused,
+        "fused": fused(model),
         **pairs.columns(args.batch * args.seq * args.accumulation),
     }  # fmt: skip
     append_csv(args.out, row)
     print(f"{row['device']}: {args.method}, {shape.layers} layers of {shape.hidden}, {row['tokens']} tokens, "
-          f"{args.dtype}, rank {args.rank}, dropout {args.dropout}; {fused}")  # fmt: skip
-    print(f"peft {row['peft_ms']} ms, fastpeft {row['fastpeft_ms']} ms: {ratio_text(row)}")
+          f"{args.dtype}, rank {args.rank}, dropout {args.dropout}; {row['fused']}")  # fmt: skip
+    print(f"{other(args.method)} {row['peft_ms']} ms, fastpeft {row['fastpeft_ms']} ms: {ratio_text(row)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Nothing here imports torch. All sizes are bytes unless they say otherwise.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ HALF, FLOAT = 2, 4
 NF4 = 0.5 + 1 / 64 + FLOAT / (64 * 256)
 # The float32 buffer of ops.cross_entropy; a test holds the two together.
 LOSS_BUFFER = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# Scores that ops.prefix_attention has in one block on a CPU, for each thread; a test holds the two together.
+SCORES_BLOCK = 2**17
 # What a checkpoint keeps besides its input: the state of the CPU's random number generator.
 RNG_STATE = 5056
 
@@ -67,13 +70,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the estimate needs to know of a model. hidden, vocab: features and rows of the embedding. key_width:
-    features of a layer's keys. head: parameters of the output layer, 0 where it is tied. embeddings: all parameters
-    that are neither there nor in layers. checked: whether the tests compare its activations with measured ones."""
+    """What the estimate needs to know of a model. hidden, vocab: features and rows of the embedding. heads: of queries.
+    key_width: features of a layer's keys. head: parameters of the output layer, 0 where it is tied. embeddings: all
+    parameters that are neither there nor in layers. checked: whether the tests compare its activations with measured
+    ones."""
 
     layers: tuple[Layers, ...]
     hidden: int
     vocab: int
+    heads: int
     key_width: int
     embeddings: int
     head: int
@@ -129,6 +134,7 @@ def _llama(config) -> Shape:
         layers=(_llama_layer(config, heads, kv_heads, head_dim),),
         hidden=H,
         vocab=config.vocab_size,
+        heads=heads,
         key_width=kv_heads * head_dim,
         embeddings=vocab + H,  # and the last norm
         head=0 if config.tie_word_embeddings else vocab,
@@ -146,7 +152,8 @@ def _llama_layer(config, heads: int, kv_heads: int, head_dim: int) -> Layers:
 
     What the linears read is kept only where something on them trains, in bf16: one tensor for q, k, v and one for gate,
     up under fastpeft's LoRA; one for each linear under autocast's casts of the float32 stream. Backward of the MLP
-    allocates the gradients of gate, up and their product, of which two are more than it has freed by then.
+    allocates the gradients of gate, up and their product, of which two are more than it has freed by then; all three
+    where the product itself was not kept.
     """
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
     Q, KV = heads * head_dim, kv_heads * head_dim
@@ -183,6 +190,7 @@ def _gpt2(config, device: str) -> Shape:
         layers=(_gpt2_layer(config, device),),
         hidden=H,
         vocab=config.vocab_size,
+        heads=config.n_head,
         key_width=H,
         embeddings=vocab + config.n_positions * H + 2 * H,
         head=0 if config.tie_word_embeddings else vocab,
@@ -272,7 +280,7 @@ def _counted(config) -> Shape:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or H // heads
     rest = total - inside - head
-    return Shape(tuple(layers), H, text.vocab_size, kv_heads * head_dim, rest, head, checked=False)
+    return Shape(tuple(layers), H, text.vocab_size, heads, kv_heads * head_dim, rest, head, checked=False)
 
 
 def _k_and_n(module) -> tuple[int, int]:
@@ -308,8 +316,9 @@ class Method:
     where it is not all. kept(layers, options): bytes that it adds to what one layer keeps for a token. changes:
     "weights", "layers" (modules beside frozen weights) or "input" (positions before the text or its keys). starts: the
     part of `Layers.kept` in which it begins to train; what comes before it in the first layer needs no gradient, and is
-    not kept. merges: into dense weights, without a cost afterwards. lengthens: its positions pass through every layer.
-    quality: what was published about it.
+    not kept. reads: it keeps what the linears read, which backward frees as it goes. attends: with positions in
+    ops.prefix_attention. merges: into dense weights, without a cost afterwards. lengthens: its positions pass through
+    every layer. quality: what was published about it.
     """
 
     name: str
@@ -318,6 +327,8 @@ class Method:
     changes: str
     quality: str
     starts: int = 1
+    reads: bool = False
+    attends: bool = False
     merges: bool = False
     lengthens: bool = False
     four_bits: bool = False
@@ -400,7 +411,7 @@ def _all(shape, options):
     return shape.parameters
 
 
-_LORA = {"parameters": _lora, "kept": _lora_kept, "changes": "layers", "merges": True}
+_LORA = {"parameters": _lora, "kept": _lora_kept, "changes": "layers", "reads": True, "merges": True}
 _DORA = _LORA | {"parameters": _dora, "kept": _dora_kept}
 
 # In the order of the quality that the publications found; where they did not compare, of what they train.
@@ -413,6 +424,7 @@ METHODS = {
             _nothing,
             changes="weights",
             starts=0,
+            reads=True,
             merges=True,
             quality="the most room to learn; ahead of LoRA on code and mathematics (Biderman et al., 2024)",
         ),
@@ -443,6 +455,7 @@ METHODS = {
             _prefix_mlp,
             _nothing,
             changes="input",
+            attends=True,
             stored=_prefix,
             quality="equal to full fine-tuning on understanding tasks (Liu et al., P-Tuning v2, 2021)",
         ),
@@ -451,6 +464,7 @@ METHODS = {
             _prefix,
             _nothing,
             changes="input",
+            attends=True,
             quality="equal to full fine-tuning on table-to-text, below on summaries (Li and Liang, 2021)",
         ),
         Method(
@@ -482,6 +496,18 @@ METHODS = {
         ),
     )
 }
+
+
+def _attention_work(shape: Shape, batch_size: int, seq_len: int, P: int) -> int:
+    """What backward of ops.prefix_attention allocates on a CPU (prefix_attention_eager): for the sequences that are
+    worked on together, scores, weights and their gradients in float32, two of them in bf16 too; queries, keys, values
+    and the output's gradient, which is as wide as the queries, in bf16 or float32 or both, and the gradients."""
+    scores = shape.heads * seq_len * (P + seq_len)
+    block = SCORES_BLOCK * (os.cpu_count() or 1)
+    together = min(batch_size, max(1, block // scores))
+    rows = 2 * (HALF + FLOAT) * shape.hidden * seq_len + (HALF + 4 * FLOAT) * shape.key_width * (P + seq_len)
+    gradients = HALF * batch_size * seq_len * (2 * shape.hidden + 2 * shape.key_width)
+    return (4 * FLOAT + 2 * HALF) * min(together * scores, block) + together * rows + gradients
 
 
 # The estimate.
@@ -551,12 +577,15 @@ def estimate(
         copies = HALF * sum(linear.K * linear.N for linear in group.linears) if full else 0
         whole = tokens * (group.kept_full if full else sum(group.kept) + way.kept(group, options)) + copies
         dense = HALF * max(linear.K * linear.N for linear in group.linears) if four_bits else 0
-        layers.append((whole, tokens * group.work + dense))
+        work = group.work + (0 if way.reads else HALF * group.linears[-1].K)
+        layers.append((whole, tokens * work + dense))
     kept = [tokens * stream + RNG_STATE if gradient_checkpointing else whole for whole, _ in layers]
     again = max(whole for whole, _ in layers) if gradient_checkpointing else 0
     work = max(work for _, work in layers)
     # A checkpoint keeps the layer's input whether or not that needs a gradient.
     spared = 0 if gradient_checkpointing else tokens * sum(shape.layers[0].kept[: way.starts])
+    # A prompt is joined to the text's embeddings, which a checkpoint's input that requires a gradient keeps alive.
+    again += HALF * batch_size * seq_len * shape.hidden if way.lengthens and gradient_checkpointing else 0
     first = kept[0] - spared
     all_kept = sum(group.count * size for group, size in zip(shape.layers, kept, strict=True)) - spared
 
@@ -572,6 +601,9 @@ def estimate(
         (gradients * (1 - 1 / shape.depth), first + again, work),
         (gradients, 0, step),
     ]
+    if way.attends and device == "cpu":  # what came after attention in its layer is free again
+        beside = tokens * shape.layers[-1].kept[2]
+        moments.append((0, all_kept + again - beside, _attention_work(shape, batch_size, seq_len, options.positions)))
     if full:  # the head's gradient is made in bf16; a tied embedding has a second one, which is then added
         table = shape.vocab * shape.hidden
         moments.append((FLOAT * table, all_kept + end, HALF * table))

@@ -21,7 +21,7 @@ from benchmarks.memory import peak_bytes, saved_bytes
 from fastpeft import memory
 from fastpeft.memory import METHODS, Options, estimate, shape_of
 from fastpeft.nn import BottleneckConfig, add_bottleneck
-from fastpeft.ops import cross_entropy
+from fastpeft.ops import cross_entropy, prefix_attention_eager
 from tests import models
 
 SIZES = dict(
@@ -150,6 +150,18 @@ def measured(config, method, batch_size, seq_len, checkpointing):
         (LLAMA, "adapter-pfeiffer", 2, 128, False),  # of the first layer only the adapter is kept
         (LLAMA, "adapter-parallel", 2, 128, False),
         (LLAMA, "adapter-parallel", 2, 128, True),
+        (LLAMA, "prefix", 2, 128, False),
+        (LLAMA, "prefix", 2, 128, True),
+        (LLAMA, "p-tuning-v2", 2, 128, False),
+        (LLAMA, "p-tuning-v2", 2, 128, True),
+        (LLAMA, "prompt", 2, 128, False),
+        (LLAMA, "prompt", 2, 128, True),
+        (LLAMA, "p-tuning", 2, 128, False),
+        (LLAMA, "p-tuning", 2, 128, True),
+        (GPT2, "prefix", 2, 128, False),
+        (GPT2, "p-tuning-v2", 2, 128, False),
+        (GPT2, "prompt", 2, 128, False),
+        (GPT2, "p-tuning", 2, 128, False),
         (LLAMA, "full", 4, 64, False),
         (LLAMA, "full", 1, 16, False),  # gradients outweigh activations
         (LLAMA, "full", 2, 128, True),
@@ -167,7 +179,8 @@ def measured(config, method, batch_size, seq_len, checkpointing):
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_a_step(config, method, batch_size, seq_len, checkpointing):
+def test_a_step(monkeypatch, config, method, batch_size, seq_len, checkpointing):
+    monkeypatch.setattr(memory.os, "cpu_count", torch.get_num_threads)
     found = estimate(
         config,
         method,
@@ -236,6 +249,10 @@ def test_trainable_parameters_of_bottlenecks(config, method):
 
 def test_the_buffer_of_the_loss_is_the_one_that_the_loss_has():
     assert importlib.import_module(cross_entropy.__module__)._BUFFER_BYTES == memory.LOSS_BUFFER
+
+
+def test_the_block_of_attention_is_the_one_that_prefix_attention_has():
+    assert prefix_attention_eager._BLOCK_ELEMENTS["cpu"] == memory.SCORES_BLOCK
 
 
 def test_8_bit_states():

@@ -15,6 +15,7 @@ from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
 from fastpeft.integrations.ia3 import IA3Layer, accelerate_ia3, restore_ia3, why_not_ia3
 from fastpeft.integrations.peft_prefix import accelerate_prefix, prefix_reasons, restore_prefix
+from fastpeft.integrations.peft_prompt import accelerate_prompt, prompt_reasons, restore_prompt
 from fastpeft.integrations.transformers import fuse_loss, restore_loss
 from fastpeft.nn import frozen, norm_cache
 from fastpeft.nn.dora import dora_forward
@@ -68,7 +69,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     disabled, mixed batches), run peft's forward. A model that is reloaded has peft's classes again. The stock loss of
     a causal language model gives way to one of the same value that makes no float32 copy of the logits. 4-bit layers
     of bitsandbytes are kept from repacking themselves on a CPU, which would spoil later gradients. Where peft's DoRA
-    gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite.
+    gives NaN, for a row of zeros and when a magnitude of zero is unmerged, the result is finite. Models with a prefix
+    or a prompt (prefix tuning, prompt tuning, P-Tuning, multitask prompt tuning) get calls of their own.
 
     fold: of LoRA, where dropout is 0 or off, multiply with `W + scaling * B A`, rounded once, instead of adding the
     update to the output (`ops.lora_linear`'s `fold`; there is what it costs in accuracy).
@@ -81,14 +83,15 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     for name, layer in layers:
         reason = _why_not(layer)
         rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
-    for name, reason in prefix_reasons(model).items():
+    for name, reason in (prefix_reasons(model) | prompt_reasons(model)).items():
         rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
     if strict and not Report(rows).fused:
         raise ValueError(f"no adapter module of this model can be fused\n{Report(rows)}")
     close_cpu_trap(model)
     loss = fuse_loss(model)
     accelerate_prefix(model)
-    for (_, layer), row in zip(layers, rows, strict=False):  # the rows of prefixes come after those of layers
+    accelerate_prompt(model)
+    for (_, layer), row in zip(layers, rows, strict=False):  # rows of prefixes and prompts come after those of layers
         if row.status == "fused" and isinstance(layer, IA3Layer):
             accelerate_ia3(layer)
         elif row.status == "fused":
@@ -108,6 +111,7 @@ def restore(model: nn.Module) -> None:
             restore_stock(module)
     restore_ia3(model)
     restore_prefix(model)
+    restore_prompt(model)
     restore_loss(model)
     reopen_cpu_trap(model)
 

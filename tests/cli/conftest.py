@@ -115,3 +115,24 @@ def finetune(command_line, model_dir, jsonl, tmp_path):
         return command_line(*words)
 
     return run
+
+
+@pytest.fixture
+def read_metrics():
+    return lambda path: json.loads((path / "metrics.json").read_text())
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Keeps the model of the run, which the command line does not return."""
+    from fastpeft.cli.run import Run
+
+    kept = {}
+    write = Run.write
+
+    def keep(self, trainer, *rest):
+        kept["model"] = trainer.model
+        write(self, trainer, *rest)
+
+    monkeypatch.setattr(Run, "write", keep)
+    return kept

@@ -187,11 +187,11 @@ def output_below_a_file(tmp):
 CASES = [
     no_such_file, no_such_hub_data, data_is_a_folder, unknown_extension, empty_file, blank_file, no_such_column,
     not_json, only_empty_rows, text_is_a_number, messages_without_role, one_example, unknown_method, no_steps,
-    not_a_number,
-    unknown_option, no_data, unknown_optimizer, no_such_folder, no_such_hub_model, folder_without_a_model, encoder,
-    encoder_of_no_class, encoder_decoder, classifier, no_such_target, no_target, target_without_weights,
-    target_is_the_head, rank_of_a_prefix, bottleneck_of_ia3, method_that_the_model_cannot_have, prefix_of_lora, stock_prefix_with_checkpointing, full_in_4_bits, stock_adapter,
-    resume_and_overwrite, output_below_a_file,
+    not_a_number, unknown_option, no_data, unknown_optimizer, no_such_folder, no_such_hub_model,
+    folder_without_a_model, encoder, encoder_of_no_class, encoder_decoder, classifier, no_such_target, no_target,
+    target_without_weights, target_is_the_head, rank_of_a_prefix, bottleneck_of_ia3,
+    method_that_the_model_cannot_have, prefix_of_lora, stock_prefix_with_checkpointing, full_in_4_bits,
+    stock_adapter, resume_and_overwrite, output_below_a_file,
 ]  # fmt: skip
 
 

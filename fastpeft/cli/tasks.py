@@ -186,8 +186,8 @@ def check_task(settings) -> None:
     """What a method cannot do for a task."""
     if settings.way.family == "prompt" and settings.task in ("token-classification", "question-answering"):
         raise BadInput(
-            f"--task {settings.task.value}: {settings.method.value} moves the tokens behind the virtual ones, and peft does "
-            "not move their labels; prefix and p-tuning-v2 can"
+            f"--task {settings.task.value}: {settings.method.value} moves the tokens behind the virtual ones, and peft "
+            "does not move their labels; prefix and p-tuning-v2 can"
         )
 
 

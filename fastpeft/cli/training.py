@@ -1,5 +1,6 @@
 """The Trainer of TRL or transformers, set up for a run of `fastpeft finetune`."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -66,14 +67,16 @@ class Checkpoints:
         elif encoder := encoder_of(self.model):
             save_encoder(encoder, folder)
         if TASKS[self.settings.task].has_head:
-            self.model.config.save_pretrained(folder)  # with the names of the classes
+            config = copy.deepcopy(self.model.config)  # with the names of the classes
+            vars(config).pop("quantization_config", None)  # of the model in memory; the checkpoint's is not in 4 bits
+            config.save_pretrained(folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder, encoder = Path(resume_from_checkpoint), encoder_of(self.model)
         if self.settings.way.family == "adapter":
-            delete_bottleneck(self.model, "default")
-            load_bottleneck(self.model, folder)
+            load_bottleneck(self.model, folder, "resumed")
+            delete_bottleneck(self.model, "default")  # not before: a model's first adapter freezes the head
             load_head(self.model, folder)
         elif encoder is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -108,7 +108,6 @@ def outputs(model):
         ("token-classification", "bert", "ia3"),
         ("token-classification", "bert", "p-tuning-v2"),
         ("question-answering", "bert", "dora"),
-        ("question-answering", "bert", "adapter-pfeiffer"),
         ("question-answering", "bert", "prefix"),
         ("seq2seq", "t5", "lora"),
         ("seq2seq", "t5", "adapter-parallel"),

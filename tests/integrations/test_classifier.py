@@ -94,10 +94,10 @@ def accuracy(model, ids, labels):
 def train(model, lr):
     """Returns the accuracy on other examples."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    ids, labels = examples(512, seed=1)
+    ids, labels = examples(4096, seed=1)
     torch.manual_seed(0)
     model.train()
-    for _ in range(70):
+    for _ in range(90):
         rows = torch.randint(0, len(ids), (32,))
         logits = model(input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows])).logits
         optimizer.zero_grad()

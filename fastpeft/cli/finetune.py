@@ -166,7 +166,7 @@ def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: 
     """Returns the metrics, and writes them with the adapter into `path`. Raises BadInput before anything is written."""
     check_packages(settings)
     methods.check_way(settings, compare_steps)
-    tasks.check_task(settings)
+    tasks.check_task(settings, compare_steps)
     data.check_source(settings.data)
     output = Output(path)
     output.check(asdict(settings), resume=resume, overwrite=overwrite)

@@ -182,12 +182,13 @@ TASKS = {
 TaskName = Enum("TaskName", {name.replace("-", "_"): name for name in TASKS}, type=str)
 
 
-def check_task(settings) -> None:
-    """What a method cannot do for a task."""
-    if settings.way.family == "prompt" and settings.task in ("token-classification", "question-answering"):
+def check_task(settings, compare_steps: int) -> None:
+    """What stock peft cannot do for a task."""
+    stock = compare_steps or not settings.accelerate
+    if stock and settings.way.family == "prompt" and settings.task in ("token-classification", "question-answering"):
         raise BadInput(
-            f"--task {settings.task.value}: {settings.method.value} moves the tokens behind the virtual ones, and peft "
-            "does not move their labels; prefix and p-tuning-v2 can"
+            f"--task {settings.task.value}: {settings.method.value} moves the tokens behind the virtual ones, and stock "
+            "peft does not move their labels"
         )
 
 

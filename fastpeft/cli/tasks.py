@@ -187,7 +187,7 @@ def check_task(settings, compare_steps: int) -> None:
     stock = compare_steps or not settings.accelerate
     if stock and settings.way.family == "prompt" and settings.task in ("token-classification", "question-answering"):
         raise BadInput(
-            f"--task {settings.task.value}: {settings.method.value} moves the tokens behind the virtual ones, and stock "
+            f"--task {settings.task.value}: {settings.method.value} moves the tokens behind virtual ones, and stock "
             "peft does not move their labels"
         )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastpeft.cli import doctor, finetune, recommend
+from fastpeft.cli import compare, doctor, finetune, recommend
 from fastpeft.cli.errors import BadInput
 
 # typer carries its own copy of click, or uses the installed one, depending on its version; this is the class in both.
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("finetune")(finetune.command)
+app.command("compare")(compare.command)
 app.command("recommend")(recommend.command)
 app.command("doctor")(doctor.command)
 

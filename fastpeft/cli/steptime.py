@@ -25,6 +25,7 @@ def compare(trainer, steps: int, *, accelerated: bool) -> dict[str, float]:
     accelerated: the state in which to leave the model.
     """
     import fastpeft
+    from fastpeft.cli import tokentime
 
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -41,4 +42,5 @@ def compare(trainer, steps: int, *, accelerated: bool) -> dict[str, float]:
         "step_ms_peft": peft_ms,
         "step_ms_accelerated": accelerated_ms,
         "speedup": peft_ms / accelerated_ms,
-    }
+        "curve": trainer.state.log_history,
+    } | tokentime.compare(trainer.model, batch["input_ids"][:1], steps)

@@ -1,0 +1,90 @@
+"""The time of decoding a token with the adapter, beside it merged into the weights, and without it."""
+
+import contextlib
+import statistics
+import time
+
+PROMPT_TOKENS = 24
+NEW_TOKENS = 16
+
+
+def token_ms(model, prompt) -> float:
+    """Of a greedy continuation with a cache of keys and values; the pass over the prompt is shared out."""
+    import torch
+
+    def wait() -> None:
+        if prompt.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    start = time.perf_counter()
+    with torch.no_grad():
+        model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,  # one row: there is no padding
+        )
+    wait()
+    return (time.perf_counter() - start) * 1000 / NEW_TOKENS
+
+
+@contextlib.contextmanager
+def without_bottleneck(model):
+    from fastpeft.nn import active_bottleneck, set_bottleneck
+
+    name = active_bottleneck(model)
+    set_bottleneck(model, None)
+    try:
+        yield
+    finally:
+        set_bottleneck(model, name)
+
+
+@contextlib.contextmanager
+def merged(model):
+    model.merge_adapter()
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()
+
+
+def arms(model) -> dict:
+    """The states to time the model in, each as a context; none for a model whose own weights were trained."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    from fastpeft.nn import active_bottleneck
+
+    if isinstance(model, PeftModel):
+        found = {"base": model.disable_adapter, "adapted": contextlib.nullcontext}
+        # Not into 4 bits, whose rounding changes the model.
+        if isinstance(model.base_model, BaseTuner) and not getattr(model, "is_loaded_in_4bit", False):
+            found["merged"] = lambda: merged(model)
+        return found
+    if active_bottleneck(model) is not None:
+        return {"base": lambda: without_bottleneck(model), "adapted": contextlib.nullcontext}
+    return {}
+
+
+def compare(model, ids, rounds: int) -> dict[str, float]:
+    """ids: [1, tokens], of which the first PROMPT_TOKENS are continued. Leaves a model that was merged on the way with
+    base weights that are rounded once more.
+
+    By turns, as in steptime; the first round warms up. "base" is the same model with its adapter switched off,
+    "merged" has the adapter's modules still in place, idle.
+    """
+    contexts = arms(model)
+    prompt = ids[:, :PROMPT_TOKENS].to(model.device)
+    times_ms = {arm: [] for arm in contexts}
+    was_training = model.training
+    model.eval()
+    for _ in range(rounds + 1):
+        for arm, context in contexts.items():
+            with context():
+                times_ms[arm].append(token_ms(model, prompt))
+    model.train(was_training)
+    return {f"token_ms_{arm}": statistics.mean(times[1:]) for arm, times in times_ms.items()}

@@ -1,7 +1,6 @@
 """`fastpeft compare`: several methods on the same model, data, seed and budget, and one report."""
 
 import contextlib
-import inspect
 import json
 import os
 import shutil
@@ -9,17 +8,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastpeft.cli import data, finetune
+from fastpeft.cli import data, finetune, methods
 from fastpeft.cli.compare_worker import Job
 from fastpeft.cli.errors import BadInput
-from fastpeft.cli.finetune import Method, Settings
+from fastpeft.cli.finetune import Settings
+from fastpeft.cli.methods import OPTIONS, WAYS, Method
 from fastpeft.cli.output import METRICS, Output
+from fastpeft.cli.recommend import Quantize
 
 SETTINGS = "compare.json"
 REPORT = ("report.md", "report.csv", "curves.png", "tradeoff.png")
@@ -37,16 +37,28 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder for the report, and a folder for each method.")] = Path(
         "runs/compare"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each method.")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 2,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
-    rank: Annotated[int, typer.Option(min=1, help="Of LoRA and DoRA, on all linears.")] = 16,
-    prefix_length: Annotated[int, typer.Option(min=1, help="Positions of prefix and p-tuning-v2.")] = 32,
-    eval_fraction: Annotated[float, typer.Option(min=0.001, max=0.9, help="Part of the data held out.")] = 0.05,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(help="The frozen base in 4 bits (NF4), under all methods; qlora and qdora imply it."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each method.")] = Settings.steps,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = Settings.batch_size,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = Settings.seq_len,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA and DoRA, on all linears.")] = Settings.rank,
+    prefix_length: Annotated[
+        int, typer.Option(min=1, help="Virtual tokens of a prefix, prompt or P-tuning.")
+    ] = Settings.prefix_length,
+    bottleneck: Annotated[int, typer.Option(min=1, help="Features inside an adapter.")] = Settings.bottleneck,
+    eval_fraction: Annotated[
+        float, typer.Option(min=0.001, max=0.9, help="Part of the data held out.")
+    ] = Settings.eval_fraction,
+    seed: Annotated[int, typer.Option(min=0)] = Settings.seed,
     optimizer: Annotated[
         str | None, typer.Option(help="Any of transformers; by default paged 8-bit AdamW on CUDA, AdamW elsewhere.")
-    ] = None,
+    ] = Settings.optimizer,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+    ] = Settings.gradient_checkpointing,
     timed_steps: Annotated[
         int, typer.Option(min=1, help="Timed with stock peft and accelerated, and so many answers; after training.")
     ] = 3,
@@ -59,18 +71,20 @@ def command(
     options = {
         "model": model,
         "data": data,
+        "quantize": quantize,
         "steps": steps,
         "batch_size": batch_size,
         "seq_len": seq_len,
         "rank": rank,
         "prefix_length": prefix_length,
+        "bottleneck": bottleneck,
         "eval_fraction": eval_fraction,
         "seed": seed,
         "optimizer": optimizer,
+        "gradient_checkpointing": gradient_checkpointing,
     }
     chosen = parse_methods(methods)
-    given = [name for name in options if finetune.is_given(context, name)]
-    check_options(chosen, given)
+    check_options(chosen, [name for name in options if finetune.is_given(context, name)])
     comparison = Comparison(output, chosen, options, timed_steps)
     comparison.check(resume=resume, overwrite=overwrite)
     failures = comparison.run(resume=resume)
@@ -90,24 +104,11 @@ def parse_methods(text: str) -> list[Method]:
     return [Method(name) for name in names]
 
 
-def check_options(methods: list[Method], given: list[str]) -> None:
-    """An option must belong to one of the methods at least."""
-    for name in given:
-        refused = []
-        for method in methods:
-            try:
-                finetune.check_options(method, [name])
-            except BadInput as error:
-                refused.append(error)
-        if len(refused) == len(methods):
-            raise refused[0]
-
-
-def settings_of(method: Method, options: dict) -> Settings:
-    """What `options` do not say is finetune's default."""
-    defaults = {name: p.default for name, p in inspect.signature(finetune.command).parameters.items()}
-    own = {"method": method, "lr": method.lr, "accelerate": True}
-    return Settings(**{f.name: (defaults | options | own)[f.name] for f in fields(Settings)})
+def check_options(chosen: list[Method], given: list[str]) -> None:
+    """An option of some methods must be of one that is chosen."""
+    of_chosen = {name for method in chosen for name in OPTIONS[WAYS[method.value].family]}
+    for name in set().union(*OPTIONS.values()).intersection(given) - of_chosen:
+        raise BadInput(f"--{name.replace('_', '-')}: none of these methods has one")
 
 
 class Folder(Output):
@@ -144,11 +145,11 @@ class Folder(Output):
 
 
 class Comparison:
-    def __init__(self, path: Path, methods: list[Method], options: dict, timed_steps: int):
+    def __init__(self, path: Path, chosen: list[Method], options: dict, timed_steps: int):
         self.folder = Folder(path)
         self.jobs = {
-            method: Job(settings_of(method, options), self.folder.path / method.value, timed_steps)
-            for method in methods
+            method: Job(Settings(method=method, **options), self.folder.path / method.value, timed_steps)
+            for method in chosen
         }
         self.settings = options | {"timed_steps": timed_steps}
 
@@ -156,9 +157,9 @@ class Comparison:
         """Everything that bad input can spoil, as far as it can be known without the model's weights."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise BadInput("compare uses one device: start it without torchrun")
-        for method, job in self.jobs.items():
-            finetune.check_packages(method)
-            finetune.check_stock(job.settings, job.timed_steps, resume=True)
+        for job in self.jobs.values():
+            finetune.check_packages(job.settings)
+            methods.check_way(job.settings, job.timed_steps)
         options = self.settings
         data.check_source(options["data"])
         self.folder.check(self.settings, resume=resume, overwrite=overwrite)

@@ -1,11 +1,10 @@
 """The report of `fastpeft compare`: report.md, report.csv, curves.png and tradeoff.png, from each method's metrics."""
 
 import csv
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-from fastpeft.cli.finetune import Method
+from fastpeft.cli.methods import Method
 from fastpeft.cli.recommend import human
 
 NONE = "-"
@@ -21,31 +20,26 @@ def formatted(text: str) -> Callable[[float], str]:
 
 
 def ratio(metrics: dict, above: str, below: str) -> float | None:
-    return metrics[above] / metrics[below] if above in metrics and below in metrics else None
-
-
-def percent(metrics: dict) -> float | None:
-    part = ratio(metrics, "trainable_parameters", "total_parameters")
-    return None if part is None else 100 * part
+    return None if metrics[above] is None else metrics[above] / metrics[below]
 
 
 # Column -> (value of a method's metrics, None where there is none; how it is written).
 TRAINING = {
-    "trainable": (lambda m: m.get("trainable_parameters"), formatted(",")),
-    "%": (percent, formatted(".3g")),
-    "adapter": (lambda m: m.get("adapter_bytes"), human),
-    "step, peft (ms)": (lambda m: m.get("step_ms_peft"), formatted(".0f")),
-    "step, accelerated (ms)": (lambda m: m.get("step_ms_accelerated"), formatted(".0f")),
-    "times as fast": (lambda m: m.get("speedup"), formatted(".2f")),
-    "peak memory": (lambda m: m.get("peak_memory_bytes"), human),
-    "loss before": (lambda m: m.get("eval_loss_before"), formatted(".4f")),
-    "loss after": (lambda m: m.get("eval_loss_after"), formatted(".4f")),
+    "trainable": (lambda m: m["trainable_parameters"], formatted(",")),
+    "% of all": (lambda m: 100 * ratio(m, "trainable_parameters", "total_parameters"), formatted(".2g")),
+    "file": (lambda m: m["adapter_bytes"], human),
+    "step, peft (ms)": (lambda m: m["step_ms_peft"], formatted(".0f")),
+    "step, accelerated (ms)": (lambda m: m["step_ms_accelerated"], formatted(".0f")),
+    "times as fast": (lambda m: m["speedup"], formatted(".2f")),
+    "peak memory": (lambda m: m["peak_memory_bytes"], human),
+    "loss before": (lambda m: m["eval_loss_before"], formatted(".4f")),
+    "loss after": (lambda m: m["eval_loss_after"], formatted(".4f")),
 }
 ANSWERING = {
-    "base (ms)": (lambda m: m.get("token_ms_base"), formatted(".1f")),
-    "with adapter (ms)": (lambda m: m.get("token_ms_adapted"), formatted(".1f")),
+    "base (ms)": (lambda m: m["token_ms_base"], formatted(".1f")),
+    "with adapter (ms)": (lambda m: m["token_ms_adapted"], formatted(".1f")),
     "of base": (lambda m: ratio(m, "token_ms_adapted", "token_ms_base"), formatted(".2f")),
-    "merged (ms)": (lambda m: m.get("token_ms_merged"), formatted(".1f")),
+    "merged (ms)": (lambda m: m["token_ms_merged"], formatted(".1f")),
     "merged, of base": (lambda m: ratio(m, "token_ms_merged", "token_ms_base"), formatted(".2f")),
 }
 
@@ -112,21 +106,29 @@ def markdown(settings: dict, done: dict[Method, dict], failures: dict[Method, st
 
 def write(folder: Path, settings: dict, results: dict[Method, dict | None], failures: dict[Method, str]) -> None:
     """results: metrics.json of each method, None of one that failed."""
-    from fastpeft.cli import plot
-
     done = {method: metrics for method, metrics in results.items() if metrics is not None}
     (folder / "report.md").write_text(markdown(settings, done, failures), encoding="utf-8")
     with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.DictWriter(file, ["method", *KEYS, "failed"], extrasaction="ignore")
         rows.writeheader()
         rows.writerows({"method": m.value, "failed": failures.get(m, "")} | (results[m] or {}) for m in results)
+    if done:
+        draw(folder, settings, {method.value: metrics for method, metrics in done.items()})
+
+
+def draw(folder: Path, settings: dict, done: dict[str, dict]) -> None:
+    from fastpeft.cli import plot
+
+    def of_all(key: str) -> dict:
+        return {method: metrics[key] for method, metrics in done.items()}
+
     title = f"{Path(settings['model']).name}, {Path(settings['data']).name}"
     styles = {method.value: index for index, method in enumerate(Method)}
-    plot.curves_plot({m.value: metrics["curve"] for m, metrics in done.items()}, styles, title, folder / "curves.png")
-    losses = {m.value: metrics["eval_loss_after"] for m, metrics in done.items()}
-    finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+    panels = {"training": of_all("loss_curve"), "evaluation": of_all("eval_loss_curve")}
+    plot.curves_plot(panels, styles, title, folder / "curves.png")
     costs = {
-        "trainable parameters": {m.value: metrics["trainable_parameters"] for m, metrics in done.items()},
-        "step, accelerated (ms)": {m.value: metrics["step_ms_accelerated"] for m, metrics in done.items()},
+        "trainable parameters": of_all("trainable_parameters"),
+        "step, accelerated (ms)": of_all("step_ms_accelerated"),
     }
-    plot.tradeoff_plot(finite, costs, styles, f"{title}, {settings['steps']} steps", folder / "tradeoff.png")
+    title = f"{title}, after {settings['steps']} steps"
+    plot.tradeoff_plot(of_all("eval_loss_after"), costs, styles, title, folder / "tradeoff.png")

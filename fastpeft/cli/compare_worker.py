@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastpeft.cli.errors import BadInput, one_line
-from fastpeft.cli.finetune import Method, Settings, finetune
+from fastpeft.cli.finetune import Settings, finetune
+from fastpeft.cli.methods import Method
+from fastpeft.cli.recommend import Quantize
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Job:
     def from_json(cls, text: str) -> "Job":
         job = json.loads(text)
         settings = job["settings"]
-        return cls(Settings(**settings | {"method": Method(settings["method"])}), Path(job["path"]), job["timed_steps"])
+        settings["method"] = Method(settings["method"])
+        settings["quantize"] = settings["quantize"] and Quantize(settings["quantize"])
+        return cls(Settings(**settings), Path(job["path"]), job["timed_steps"])
 
 
 def work(job: Job, tell: Callable[[dict], None]) -> bool:

@@ -100,15 +100,16 @@ def resolve(name: str) -> str:
 
 
 def check_causal(config, name: str) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     causal_type = type(config) in AutoModelForCausalLM._model_mapping
     causal_class = any(a in causal for a in config.architectures or []) or not config.architectures
-    # Encoders such as BERT are on the list too, as decoders; these say so in their configuration.
-    decoder = getattr(config, "is_decoder", True)
-    if config.is_encoder_decoder or not (causal_type and causal_class and decoder):
+    # Encoders such as BERT are on the list too, as decoders, which their configuration has to say. Others say nothing,
+    # or say False and mean nothing by it, as GPT-NeoX.
+    encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or not (causal_type and causal_class) or encoder:
         what = ", ".join(config.architectures or []) or config.model_type
         raise BadInput(f"--model: {name} is not a causal language model ({what})")
 
@@ -159,10 +160,11 @@ def nf4(dtype):
     )
 
 
-def load_base(source: str, name: str, config, *, four_bit: bool, device):
+def load_base(source: str, name: str, config, *, four_bit: bool, device, dtype=None):
+    """dtype: of the weights; by default that of the products."""
     from transformers import AutoModelForCausalLM
 
-    dtype = compute_dtype(device)
+    dtype = dtype or compute_dtype(device)
     # Every process of a distributed run loads onto its own device.
     placement = {"quantization_config": nf4(dtype), "device_map": {"": device}} if four_bit else {}
     try:
@@ -176,43 +178,3 @@ def load_base(source: str, name: str, config, *, four_bit: bool, device):
 
         close_cpu_trap(model)
     return model
-
-
-def check_targets(model, targets: list[str]) -> None:
-    """Each name must match, by peft's own rule, so that a misspelt one among several is not passed over."""
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        found = [n for n in names if n == target or n.endswith(f".{target}")]
-        if not found:
-            raise BadInput(f"--target-modules: no module of the model is called '{target}'")
-        if any(model.get_submodule(n) is model.get_output_embeddings() for n in found):
-            raise BadInput(f"--target-modules: '{target}' is the output head, which TRL cannot train an adapter on")
-
-
-def add_lora(model, *, targets: str, rank: int, alpha: float, dropout: float, dora: bool):
-    from peft import LoraConfig, get_peft_model
-
-    if targets != "all-linear":
-        targets = [t.strip() for t in targets.split(",") if t.strip()]
-        check_targets(model, targets)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        use_dora=dora,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:  # modules that exist but cannot carry an adapter
-        raise BadInput(f"--target-modules: {one_line(error)}") from error
-
-
-def add_prefix(model, length: int, *, mlp: bool):
-    """mlp: the prefix is made by a network as wide as the keys (P-Tuning v2)."""
-    from peft import PrefixTuningConfig, get_peft_model
-
-    return get_peft_model(
-        model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, prefix_projection=mlp)
-    )

@@ -40,13 +40,14 @@ def loss_plot(history: list[dict], title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def curves_plot(histories: dict[str, list[dict]], styles: dict[str, int], title: str, path: Path) -> None:
-    """histories: `log_history` by method. styles: the place of a method in COLOURS and MARKERS."""
-    figure = new_figure(11, 4.8)
-    for axes, key, name in zip(figure.subplots(1, 2), ("loss", "eval_loss"), ("training", "evaluation"), strict=True):
-        for method, history in histories.items():
+def curves_plot(panels: dict[str, dict[str, list]], styles: dict[str, int], title: str, path: Path) -> None:
+    """panels: by title, of each method [[step, loss]]. styles: the place of a method in COLOURS and MARKERS."""
+    figure = new_figure(5.5 * len(panels), 4.8)
+    for axes, (name, curves) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for method, curve in curves.items():
             style = styles[method]
-            axes.plot(*points(history, key), color=COLOURS[style], marker=MARKERS[style], markersize=4, label=method)
+            steps, losses = zip(*curve, strict=True)
+            axes.plot(steps, losses, color=COLOURS[style], marker=MARKERS[style], markersize=4, label=method)
         axes.set(xlabel="optimizer step", ylabel=LOSS, title=name)
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)

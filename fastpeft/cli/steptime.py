@@ -19,17 +19,19 @@ def one_step_ms(trainer, batch: dict) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def compare(trainer, steps: int, *, accelerated: bool) -> dict[str, float]:
+def compare(trainer, steps: int, *, accelerated: bool, of_peft: bool) -> dict[str, float | None]:
     """Alternates the two, so that a machine that slows down or speeds up does so for both; the first pair warms up.
 
-    accelerated: the state in which to leave the model.
+    accelerated: the state in which to leave the model. of_peft: False where there is no stock peft to compare with;
+    then its time and the speedup are None.
     """
     import fastpeft
-    from fastpeft.cli import tokentime
+    from fastpeft.cli.progress import tell
 
+    tell(description="timing steps")
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    arms = {"peft": fastpeft.restore, "accelerated": fastpeft.accelerate}
+    arms = {"accelerated": fastpeft.accelerate} | ({"peft": fastpeft.restore} if of_peft else {})
     times_ms = {arm: [] for arm in arms}
     for _ in range(steps + 1):
         for arm, prepare in arms.items():
@@ -37,10 +39,10 @@ def compare(trainer, steps: int, *, accelerated: bool) -> dict[str, float]:
             times_ms[arm].append(one_step_ms(trainer, batch))
     arms["accelerated" if accelerated else "peft"](trainer.model)
     trainer.model.zero_grad(set_to_none=True)
-    peft_ms, accelerated_ms = (statistics.mean(times_ms[arm][1:]) for arm in arms)
+    means_ms = {arm: statistics.mean(times[1:]) for arm, times in times_ms.items()}
+    peft_ms, accelerated_ms = means_ms.get("peft"), means_ms["accelerated"]
     return {
         "step_ms_peft": peft_ms,
         "step_ms_accelerated": accelerated_ms,
-        "speedup": peft_ms / accelerated_ms,
-        "curve": trainer.state.log_history,
-    } | tokentime.compare(trainer.model, batch["input_ids"][:1], steps)
+        "speedup": peft_ms and peft_ms / accelerated_ms,
+    }

@@ -4,24 +4,23 @@ import contextlib
 import statistics
 import time
 
-PROMPT_TOKENS = 24
 NEW_TOKENS = 16
 
 
-def token_ms(model, prompt) -> float:
+def token_ms(model, ids) -> float:
     """Of a greedy continuation with a cache of keys and values; the pass over the prompt is shared out."""
     import torch
 
     def wait() -> None:
-        if prompt.device.type == "cuda":
+        if ids.device.type == "cuda":
             torch.cuda.synchronize()
 
     wait()
     start = time.perf_counter()
     with torch.no_grad():
         model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
             do_sample=False,
@@ -70,21 +69,29 @@ def arms(model) -> dict:
     return {}
 
 
-def compare(model, ids, rounds: int) -> dict[str, float]:
-    """ids: [1, tokens], of which the first PROMPT_TOKENS are continued. Leaves a model that was merged on the way with
-    base weights that are rounded once more.
+def compare(model, prompt: list[int], rounds: int) -> dict[str, float | None]:
+    """`token_ms_*` of base, adapted and merged, None where there is no such thing. Leaves a model that was merged on
+    the way with base weights that are rounded once more, and without what accelerate wraps around it for training.
 
     By turns, as in steptime; the first round warms up. "base" is the same model with its adapter switched off,
     "merged" has the adapter's modules still in place, idle.
     """
+    import torch
+    from accelerate.utils import extract_model_from_parallel
+
+    from fastpeft.cli.progress import tell
+
+    tell(description="timing answers")
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    ids = torch.tensor([prompt], device=model.device)
     contexts = arms(model)
-    prompt = ids[:, :PROMPT_TOKENS].to(model.device)
     times_ms = {arm: [] for arm in contexts}
     was_training = model.training
     model.eval()
     for _ in range(rounds + 1):
         for arm, context in contexts.items():
             with context():
-                times_ms[arm].append(token_ms(model, prompt))
+                times_ms[arm].append(token_ms(model, ids))
     model.train(was_training)
-    return {f"token_ms_{arm}": statistics.mean(times[1:]) for arm, times in times_ms.items()}
+    medians = {arm: statistics.median(times[1:]) for arm, times in times_ms.items()}
+    return {f"token_ms_{arm}": medians.get(arm) for arm in ("base", "adapted", "merged")}

@@ -1,8 +1,15 @@
 """The Trainer of TRL, set up for a run of `fastpeft finetune`."""
 
 import math
+from pathlib import Path
+
+import torch
+from trl import SFTConfig, SFTTrainer
 
 from fastpeft.cli.errors import BadInput
+from fastpeft.cli.methods import encoder_of
+from fastpeft.nn import delete_bottleneck, load_bottleneck, save_bottleneck
+from fastpeft.nn.prefix import load_encoder, save_encoder
 
 CHECKPOINTS_A_RUN = 5
 # However long the run is, no more than this is lost when it is interrupted.
@@ -23,21 +30,53 @@ def optimizer_name(given: str | None, device) -> str:
     return given
 
 
-def packing(kind: str) -> dict:
+def packing(kind: str, settings) -> dict:
     """How examples share a row.
 
     text: one stream, cut at the sequence length. Conversations: whole, several in a row, kept apart by their position
-    ids, from which transformers builds the mask where there is no flash attention.
+    ids, from which transformers builds the mask where there is no flash attention. Where peft puts virtual tokens
+    before a row, it drops the position ids, and only a row's first conversation would have them: then one to a row.
     """
     if kind == "text":
-        return {"packing_strategy": "wrapped", "include_num_input_tokens_seen": "non_padding"}
-    return {"packing_strategy": "bfd", "include_num_input_tokens_seen": "all"}  # rows are joined: there is no padding
+        return {"packing": True, "packing_strategy": "wrapped", "include_num_input_tokens_seen": "non_padding"}
+    if settings.way.family == "prompt" or (settings.way.family == "prefix" and not settings.accelerate):
+        return {"packing": False, "include_num_input_tokens_seen": "non_padding"}
+    # Rows are joined: there is no padding.
+    return {"packing": True, "packing_strategy": "bfd", "include_num_input_tokens_seen": "all"}
+
+
+class Checkpoints:
+    """For a Trainer: what it does not save and load itself."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder, adapter = Path(output_dir or self.args.output_dir), self.way.family == "adapter"
+        if not adapter:
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            if adapter:
+                save_bottleneck(self.model, folder)
+                self.processing_class.save_pretrained(folder)
+            elif encoder := encoder_of(self.model):
+                save_encoder(encoder, folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder, encoder = Path(resume_from_checkpoint), encoder_of(self.model)
+        if self.way.family == "adapter":
+            delete_bottleneck(self.model, "default")
+            load_bottleneck(self.model, folder)
+        elif encoder is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not load_encoder(encoder, folder):
+            raise FileNotFoundError(f"{folder} does not hold the encoder of the virtual tokens")
+
+
+class TextTrainer(Checkpoints, SFTTrainer):
+    pass
 
 
 def build(settings, output, model, tokenizer, train, evaluation, kind: str, device, bar):
-    import torch
     from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
 
     from fastpeft.cli.models import compute_dtype
 
@@ -49,7 +88,6 @@ def build(settings, output, model, tokenizer, train, evaluation, kind: str, devi
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         max_length=settings.seq_len,
-        packing=True,
         shuffle_dataset=True,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
@@ -72,11 +110,13 @@ def build(settings, output, model, tokenizer, train, evaluation, kind: str, devi
         ddp_find_unused_parameters=False,
         disable_tqdm=True,  # there is one bar, ours
         report_to="none",
-        **packing(kind),
+        **packing(kind, settings),
     )
     if config.n_gpu > 1:  # one process drives one GPU; several are for torchrun or accelerate launch
         config._n_gpu = 1
-    trainer = SFTTrainer(
+    if settings.way.family == "adapter" and settings.four_bit:
+        model._hf_peft_config_loaded = True  # so transformers asks whether a 4-bit model has something to train
+    trainer = TextTrainer(
         model=model,
         args=config,
         train_dataset=train,
@@ -84,12 +124,36 @@ def build(settings, output, model, tokenizer, train, evaluation, kind: str, devi
         processing_class=tokenizer,
         callbacks=[bar],
     )
+    trainer.way = settings.way
     trainer.remove_callback(PrinterCallback)
     # TRL turns the adapters of a 4-bit model to bfloat16; small updates are lost in it, so they go back to float32.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trainer
+
+
+# The greatest resident size so far is kept by the kernel, and forgotten when a 5 is written here: see proc(5).
+_PROCESS = Path("/proc/self")
+
+
+def start_peak(device) -> None:
+    """What `peak_bytes` tells begins here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (_PROCESS / "clear_refs").exists():
+        (_PROCESS / "clear_refs").write_text("5")
+
+
+def peak_bytes(device) -> int | None:
+    """The most memory since `start_peak`: on CUDA what torch has allocated on the device, model included; on a CPU the
+    resident size of the whole process, Python and its libraries included. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not (_PROCESS / "clear_refs").exists():
+        return None
+    line = next(line for line in (_PROCESS / "status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024  # in kB
 
 
 def eval_losses(trainer) -> tuple[float, float] | tuple[None, None]:

@@ -95,7 +95,7 @@ def command_line(capsys):
 
 @pytest.fixture
 def finetune(command_line, model_dir, jsonl, tmp_path):
-    """A few quick steps; keyword arguments become options, and None leaves one out."""
+    """A few quick steps; keyword arguments become options, and None or False leaves one out."""
 
     def run(**changes):
         options = {
@@ -111,7 +111,28 @@ def finetune(command_line, model_dir, jsonl, tmp_path):
         words = ["finetune"]
         for name, value in (options | changes).items():
             flag = "--" + name.replace("_", "-")
-            words += [flag] if value is True else [] if value is None else [flag, value]
+            words += [flag] if value is True else [] if value is None or value is False else [flag, value]
         return command_line(*words)
 
     return run
+
+
+@pytest.fixture
+def read_metrics():
+    return lambda path: json.loads((path / "metrics.json").read_text())
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Keeps the model of the run, which the command line does not return."""
+    from fastpeft.cli.run import Run
+
+    kept = {}
+    write = Run.write
+
+    def keep(self, trainer, *rest):
+        kept["model"] = trainer.model
+        write(self, trainer, *rest)
+
+    monkeypatch.setattr(Run, "write", keep)
+    return kept

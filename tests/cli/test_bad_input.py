@@ -145,6 +145,19 @@ def rank_of_a_prefix(tmp):
     return {"method": "prefix"}, "--rank: prefix has none"
 
 
+def bottleneck_of_ia3(tmp):
+    return {"method": "ia3", "rank": None, "bottleneck": 8}, "--bottleneck: ia3 has none"
+
+
+def method_that_the_model_cannot_have(tmp):
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    sizes = {"vocab_size": 300, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, word_embed_proj_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp / "model")
+    return {"method": "adapter-houlsby", "rank": None, "model": tmp / "model"}, "no layer of"
+
+
 def prefix_of_lora(tmp):
     return {"prefix_length": 4}, "--prefix-length: lora has none"
 
@@ -154,9 +167,12 @@ def stock_prefix_with_checkpointing(tmp):
     return options | {"compare_steps": 1}, "--gradient-checkpointing: stock peft"
 
 
-def stock_p_tuning_v2_resumed(tmp):
-    options = {"method": "p-tuning-v2", "rank": None, "no_accelerate": True}
-    return options | {"resume": True}, "--resume: stock peft"
+def full_in_4_bits(tmp):
+    return {"method": "full", "rank": None, "quantize": "nf4"}, "--quantize: full"
+
+
+def stock_adapter(tmp):
+    return {"method": "adapter-houlsby", "rank": None, "no_accelerate": True}, "peft has no adapter-houlsby"
 
 
 def resume_and_overwrite(tmp):
@@ -171,11 +187,11 @@ def output_below_a_file(tmp):
 CASES = [
     no_such_file, no_such_hub_data, data_is_a_folder, unknown_extension, empty_file, blank_file, no_such_column,
     not_json, only_empty_rows, text_is_a_number, messages_without_role, one_example, unknown_method, no_steps,
-    not_a_number,
-    unknown_option, no_data, unknown_optimizer, no_such_folder, no_such_hub_model, folder_without_a_model, encoder,
-    encoder_of_no_class, encoder_decoder, classifier, no_such_target, no_target, target_without_weights,
-    target_is_the_head, rank_of_a_prefix, prefix_of_lora, stock_prefix_with_checkpointing, stock_p_tuning_v2_resumed,
-    resume_and_overwrite, output_below_a_file,
+    not_a_number, unknown_option, no_data, unknown_optimizer, no_such_folder, no_such_hub_model,
+    folder_without_a_model, encoder, encoder_of_no_class, encoder_decoder, classifier, no_such_target, no_target,
+    target_without_weights, target_is_the_head, rank_of_a_prefix, bottleneck_of_ia3,
+    method_that_the_model_cannot_have, prefix_of_lora, stock_prefix_with_checkpointing, full_in_4_bits,
+    stock_adapter, resume_and_overwrite, output_below_a_file,
 ]  # fmt: skip
 
 

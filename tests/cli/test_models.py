@@ -57,3 +57,16 @@ def test_a_folder_becomes_absolute(model_dir, monkeypatch):
     monkeypatch.chdir(model_dir.parent)
     assert models.resolve("tiny") == str(model_dir)
     assert models.resolve("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("config", ["GPTNeoXConfig", "GPT2Config", "LlamaConfig"])
+def test_causal_models_are_known_whatever_their_configuration_says_of_decoders(config):
+    import transformers
+
+    models.check_causal(getattr(transformers, config)(), "it")  # GPT-NeoX says is_decoder=False
+
+
+def test_bert_is_a_causal_model_when_it_says_so():
+    from transformers import BertConfig
+
+    models.check_causal(BertConfig(is_decoder=True), "it")

@@ -23,48 +23,58 @@ def interrupt(monkeypatch):
     yield arm
 
 
-def final_loss(path):
-    return json.loads((path / "metrics.json").read_text())["eval_loss_after"]
+OPTIONS = {
+    "lora": {"rank": 4},
+    "adapter-houlsby": {"rank": None, "bottleneck": 4},
+    "p-tuning-v2": {"rank": None, "prefix_length": 6},
+    "p-tuning": {"rank": None, "prefix_length": 6},
+    "full": {"rank": None, "lr": 1e-3},
+}
 
 
-def test_resumed_run_ends_as_the_uninterrupted_one(finetune, interrupt, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "no_accelerate"),
+    [(method, False) for method in OPTIONS] + [("p-tuning-v2", True)],
+)
+def test_resumed_run_ends_as_the_uninterrupted_one(
+    method, no_accelerate, finetune, interrupt, monkeypatch, read_metrics, tmp_path
+):
+    """Of P-Tuning and P-Tuning v2 peft saves what a network makes, from which it cannot be trained on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert finetune(output=whole, steps=6)[0] == 0
+    options = OPTIONS[method] | {"method": method, "steps": 6, "no_accelerate": no_accelerate}
+    assert finetune(output=whole, **options)[0] == 0
 
     interrupt(5)  # checkpoints are written every second step
-    assert finetune(output=parts, steps=6)[0] == 130
+    assert finetune(output=parts, **options)[0] == 130
     monkeypatch.undo()
     assert [p.name for p in parts.iterdir()] == ["checkpoints"]
+    written = [p.name for p in (parts / "checkpoints" / "checkpoint-4").iterdir()]
+    assert ("model.safetensors" in written) == (method == "full")
+    assert "training_args.bin" not in written
 
-    code, _, err = finetune(output=parts, steps=6)
-    assert code == 2
-    assert "--resume" in err
-    code, _, err = finetune(output=parts, steps=6, resume=True, rank=5)
-    assert code == 2
-    assert "rank 4, not 5" in err
-
-    code, out, err = finetune(output=parts, steps=6, resume=True)
+    code, out, err = finetune(output=parts, resume=True, **options)
     assert (code, err) == (0, "")
     assert "step 0:" not in out  # it did not start again
-    assert final_loss(parts) == pytest.approx(final_loss(whole), abs=2e-3)
-    assert json.loads((parts / "metrics.json").read_text())["eval_loss_before"] > 5
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(path / weights) for path in (parts, whole))
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=2e-3)
+    ours, theirs = read_metrics(parts), read_metrics(whole)
+    assert [step for step, _ in ours["loss_curve"]] == [1, 2, 3, 4, 5, 6]
+    assert ours["eval_loss_curve"][0] == theirs["eval_loss_curve"][0]
+    assert ours["eval_loss_after"] == pytest.approx(theirs["eval_loss_after"], abs=2e-3)
     assert not (parts / "checkpoints").exists()
 
 
-def test_a_resumed_p_tuning_v2_has_its_mlp_back(finetune, interrupt, monkeypatch, tmp_path):
-    """peft saves what the MLP makes, from which it cannot be trained on."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = {"method": "p-tuning-v2", "rank": None, "steps": 6}
-    assert finetune(output=whole, **options)[0] == 0
-    interrupt(5)
-    assert finetune(output=parts, **options)[0] == 130
+def test_an_interrupted_run_goes_on_with_its_own_settings_only(finetune, interrupt, monkeypatch, tmp_path):
+    interrupt(3)
+    assert finetune(steps=6)[0] == 130
     monkeypatch.undo()
-    code, _, err = finetune(output=parts, resume=True, **options, no_accelerate=True)
+    code, _, err = finetune(steps=6)
     assert code == 2
-    code, _, err = finetune(output=parts, resume=True, **options)
-    assert (code, err) == (0, "")
-    ours, theirs = (load_file(path / "adapter_model.safetensors")["prompt_embeddings"] for path in (parts, whole))
-    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    assert "--resume" in err
+    code, _, err = finetune(steps=6, resume=True, rank=5)
+    assert code == 2
+    assert "rank 4, not 5" in err
 
 
 def test_interrupted_between_training_and_results(finetune, monkeypatch, tmp_path):

@@ -1,0 +1,193 @@
+"""A run of `fastpeft finetune`: what it does in which order."""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from fastpeft.cli import data, methods
+from fastpeft.cli.errors import BadInput
+from fastpeft.cli.finetune import Settings
+from fastpeft.cli.output import Output
+
+
+def own_device(processes):
+    """With its index, which accelerate compares with where a 4-bit model lies."""
+    import torch
+
+    if processes.device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return processes.device
+
+
+def curve(trainer, key: str) -> list[list]:
+    """[step, value] of each that the Trainer logged."""
+    from fastpeft.cli.plot import points
+
+    return [list(pair) for pair in zip(*points(trainer.state.log_history, key), strict=True)]
+
+
+class Run:
+    def __init__(self, settings: Settings, output: Output, processes, console):
+        self.settings = settings
+        self.output = output
+        self.processes = processes
+        self.device = own_device(processes)
+        self.console = console
+
+    def prepare(self) -> None:
+        """Everything that bad input can spoil."""
+        from fastpeft.cli import models, training
+
+        settings = self.settings
+        training.optimizer_name(settings.optimizer, self.device)
+        with self.processes.local_main_process_first():  # the others find what it has cached
+            self.train_data, self.eval_data, self.kind = data.load(settings.data, settings.eval_fraction, settings.seed)
+            source = models.resolve(settings.model)
+        config = models.load_config(source, settings.model)
+        self.tokenizer = models.load_tokenizer(source, settings.model)
+        self.example = (self.eval_data or self.train_data)[0]
+        if data.is_conversation(self.example) and self.tokenizer.chat_template is None:
+            raise BadInput(f"--data: the tokenizer of {settings.model} has no chat template, which messages need")
+        self.model = self.adapted(source, config)
+        self.print_plan()
+
+    def adapted(self, source: str, config):
+        import torch
+        from transformers import set_seed
+
+        from fastpeft.cli import models
+
+        settings = self.settings
+        dtype = torch.float32 if settings.way.family == "full" else None  # what trains is kept in float32
+        base = models.load_base(
+            source, settings.model, config, four_bit=settings.four_bit, device=self.device, dtype=dtype
+        )
+        set_seed(settings.seed)  # the adapter starts from random numbers
+        model = settings.way.add(base, settings)
+        self.fused, self.why_not = methods.count_bottlenecks(model), Counter()
+        if settings.accelerate:
+            import fastpeft
+
+            report = fastpeft.accelerate(model)
+            self.fused += report.fused
+            self.why_not = Counter(row.reason for row in report if row.reason)
+        return model
+
+    def print_plan(self) -> None:
+        self.trainable, self.total = methods.count_parameters(self.model)
+        adapters = "stock peft" if not self.settings.accelerate else f"{self.fused} adapter modules accelerated"
+        evaluation = 0 if self.eval_data is None else len(self.eval_data)
+        self.console.print(f"[bold]{self.settings.model}[/] with {self.settings.method.value} on {self.device_name()}")
+        self.console.print(f"{self.trainable:,} of {self.total:,} parameters train; {adapters}")
+        for reason, count in self.why_not.items():  # what stays slow is said, not left to be guessed
+            self.console.print(f"{count} not accelerated: {reason}", markup=False)
+        self.console.print(f"{len(self.train_data)} examples to train on, {evaluation} to evaluate ({self.kind})")
+
+    def device_name(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def train(self, compare_steps: int) -> dict:
+        from fastpeft.cli import sample, training
+        from fastpeft.cli.progress import ProgressBar
+
+        start = time.perf_counter()
+        bar = ProgressBar(self.console)
+        trainer = training.build(
+            self.settings,
+            self.output,
+            self.model,
+            self.tokenizer,
+            self.train_data,
+            self.eval_data,
+            self.kind,
+            self.device,
+            bar,
+        )
+        prompt = sample.prompt_of(self.example, self.tokenizer)
+        before = sample.continuation(
+            self.model, self.tokenizer, prompt
+        )  # a fresh LoRA changes nothing, a fresh prefix does
+        checkpoint = self.output.resume_point(self.settings.steps)
+        training.start_peak(self.device)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        finally:
+            bar.bar.stop()
+        peak_bytes = training.peak_bytes(self.device)
+        eval_before, eval_after = training.eval_losses(trainer)
+        after = sample.continuation(self.model, self.tokenizer, prompt)
+        seconds = time.perf_counter() - start
+        metrics = {
+            "method": self.settings.method.value,
+            "model": self.settings.model,
+            "data": self.settings.data,
+            "eval_loss_before": eval_before,
+            "eval_loss_after": eval_after,
+            "tokens_per_second": bar.tokens / bar.seconds if bar.seconds else None,
+            "accelerated_modules": self.fused,
+            "trainable_parameters": self.trainable,
+            "total_parameters": self.total,
+            "peak_memory_bytes": peak_bytes,
+            "loss_curve": curve(trainer, "loss"),
+            "eval_loss_curve": curve(trainer, "eval_loss"),
+            "steps": trainer.state.global_step,
+            "seconds": seconds,
+            "device": self.device_name(),
+            "processes": self.processes.num_processes,
+            "versions": self.versions(),
+        }
+        if compare_steps:
+            from fastpeft.cli import steptime, tokentime
+
+            settings = self.settings
+            metrics |= steptime.compare(
+                trainer, compare_steps, accelerated=settings.accelerate, of_peft=settings.way.of_peft
+            )
+            metrics |= tokentime.compare(self.model, prompt, compare_steps)
+        text = sample.sample_text(self.tokenizer.decode(prompt), before, after)
+        self.write(trainer, metrics, text)
+        self.print_results(metrics, text)
+        return metrics
+
+    def versions(self) -> dict[str, str]:
+        from fastpeft.cli.doctor import versions
+
+        return versions()
+
+    def write(self, trainer, metrics: dict, text: str) -> None:
+        from fastpeft.cli.plot import loss_plot
+
+        trainer.save_model(str(self.output.final))  # all processes: a sharded model is gathered
+        if self.processes.is_main_process:
+            metrics["adapter_bytes"] = methods.saved_bytes(self.output.final)
+            (self.output.final / "sample.txt").write_text(text, encoding="utf-8")
+            model, source = (Path(name).name for name in (self.settings.model, self.settings.data))
+            title = f"{model}, {self.settings.method.value}, {source}"
+            loss_plot(trainer.state.log_history, title, self.output.final / "loss.png")
+            self.output.finish(metrics)
+        self.processes.wait_for_everyone()
+
+    def print_results(self, metrics: dict, text: str) -> None:
+        from rich.markup import escape
+
+        self.console.print(f"\n[dim]{escape(text)}[/]")
+        if metrics["eval_loss_before"] is not None:
+            change = f"{metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}"
+            self.console.print(f"evaluation loss {change}")
+        if metrics["tokens_per_second"]:
+            self.console.print(f"{metrics['tokens_per_second']:.0f} tokens a second, {metrics['seconds']:.0f} s in all")
+        if metrics.get("speedup"):
+            self.console.print(
+                f"a step: {metrics['step_ms_peft']:.0f} ms with peft, {metrics['step_ms_accelerated']:.0f} ms "
+                f"accelerated ({metrics['speedup']:.2f} times as fast)"
+            )
+        elif "speedup" in metrics:
+            self.console.print(f"a step: {metrics['step_ms_accelerated']:.0f} ms; peft has no such method")
+        if metrics.get("token_ms_adapted"):
+            self.console.print(
+                f"a token: {metrics['token_ms_base']:.1f} ms without the adapter, "
+                f"{metrics['token_ms_adapted']:.1f} ms with it"
+            )
+        self.console.print(f"adapter, metrics.json, loss.png and sample.txt are in {self.output.path}", soft_wrap=True)

@@ -196,7 +196,8 @@ class Comparison:
                 bar.begin(method.value)
                 if self.folder.metrics(method) is None and (reason := self.train(method, bar.update)):
                     failures[method] = reason
-                console.print(compare_report.one_line(method, self.folder.metrics(method), failures.get(method)))
+                line = compare_report.one_line(method, self.folder.metrics(method), failures.get(method))
+                console.print(line, soft_wrap=True)
             bar.end()
         results = {method: self.folder.metrics(method) for method in self.jobs}
         compare_report.write(self.folder.path, self.settings, results, failures)

@@ -1,6 +1,7 @@
 """The report of `fastpeft compare`: report.md, report.csv, curves.png and tradeoff.png, from each method's metrics."""
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,8 @@ def draw(folder: Path, settings: dict, done: dict[str, dict]) -> None:
     styles = {method.value: index for index, method in enumerate(Method)}
     panels = {"training": of_all("loss_curve"), "evaluation": of_all("eval_loss_curve")}
     plot.curves_plot(panels, styles, title, folder / "curves.png")
+    # One that has diverged has no place there.
+    done = {method: metrics for method, metrics in done.items() if math.isfinite(metrics["eval_loss_after"])}
     costs = {
         "trainable parameters": of_all("trainable_parameters"),
         "step, accelerated (ms)": of_all("step_ms_accelerated"),

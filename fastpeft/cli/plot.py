@@ -63,7 +63,7 @@ def tradeoff_plot(
     figure = new_figure(6 * len(costs), 4.8)
     for axes, (label, cost) in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs.items(), strict=True):
         axes.set(xlabel=label, ylabel=f"evaluation {LOSS}")
-        if max(cost.values()) > 20 * min(cost.values()) > 0:
+        if max(cost.values(), default=0) > 20 * min(cost.values(), default=0) > 0:
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
         axes.margins(0.08)

@@ -5,8 +5,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from fastpeft.cli.methods import Method
+from fastpeft.cli.data import MOST_EVAL_EXAMPLES
+from fastpeft.cli.methods import WAYS, Method
 from fastpeft.cli.recommend import human
+from fastpeft.cli.tokentime import NEW_TOKENS
 
 NONE = "-"
 # Of report.csv: keys of metrics.json, with the units in their names.
@@ -26,8 +28,9 @@ def ratio(metrics: dict, above: str, below: str) -> float | None:
 
 # Column -> (value of a method's metrics, None where there is none; how it is written).
 TRAINING = {
+    "lr": (lambda m: WAYS[m["method"]].lr, formatted("g")),
     "trainable": (lambda m: m["trainable_parameters"], formatted(",")),
-    "% of all": (lambda m: 100 * ratio(m, "trainable_parameters", "total_parameters"), formatted(".2g")),
+    "% of all": (lambda m: 100 * ratio(m, "trainable_parameters", "total_parameters"), formatted(".3g")),
     "file": (lambda m: m["adapter_bytes"], human),
     "step, peft (ms)": (lambda m: m["step_ms_peft"], formatted(".0f")),
     "step, accelerated (ms)": (lambda m: m["step_ms_accelerated"], formatted(".0f")),
@@ -69,40 +72,40 @@ def table(results: dict[Method, dict], columns: dict) -> list[str]:
 
 
 def markdown(settings: dict, done: dict[Method, dict], failures: dict[Method, str]) -> str:
-    lines = [f"# {settings['model']}: {', '.join(m.value for m in (*done, *failures))}", ""]
-    if failures:
-        lines += [f"- **{method.value} failed**: {reason}" for method, reason in failures.items()] + [""]
+    lines = [f"# {settings['model']} on {settings['data']}", ""]
+    lines += [f"- **{method.value} failed**: {reason}" for method, reason in failures.items()] + [""] * bool(failures)
     if done:
-        first = next(iter(done.values()))
-        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        lines += [
-            f"Trained on {settings['data']} with seed {settings['seed']}: {settings['steps']} steps of "
-            f"{settings['batch_size']} x {settings['seq_len']} tokens. On {first['device']}; {versions}.",
-            "",
-            "## Training",
-            "",
-            *table(done, TRAINING),
-            "",
-            f"Losses are in nats per token, on the {settings['eval_fraction']:.3g} of the data held out (at most 200 "
-            "examples), the same for all methods. A step is forward, loss and backward of one batch, without the "
-            f"optimizer, the mean of {settings['timed_steps']}; peft and accelerated take turns on the same model. "
-            "Peak memory is of the method's own process: what torch allocated on a GPU, all memory of the process on "
-            "a CPU, its libraries included.",
-            "",
-            "![loss over steps](curves.png)",
-            "",
-            "![evaluation loss against its price](tradeoff.png)",
-            "",
-            "## Answering",
-            "",
-            *table(done, ANSWERING),
-            "",
-            "Time of one token: 24 tokens of the data continued greedily by 16 with a cache of keys and values, one "
-            "row, all of it divided by 16; the mean of as many answers as steps were timed, by turns. Base is the same "
-            "model with its adapter switched off. Merged is with the adapter in the weights; not for 4-bit weights, "
-            "whose rounding would change the model.",
-        ]
+        lines += [conditions(settings, next(iter(done.values()))), ""]
+        lines += ["## Training", "", *table(done, TRAINING), "", training_notes(settings), ""]
+        lines += ["![loss over steps](curves.png)", "", "![evaluation loss against its price](tradeoff.png)", ""]
+        lines += ["## Answering", "", *table(done, ANSWERING), "", ANSWERING_NOTES]
     return "\n".join(lines) + "\n"
+
+
+def conditions(settings: dict, metrics: dict) -> str:
+    options = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name not in ("model", "data")]
+    versions = [f"{name} {version}" for name, version in metrics["versions"].items()]
+    return f"For every method: {', '.join(options)}. On {metrics['device']}; {', '.join(versions)}."
+
+
+def training_notes(settings: dict) -> str:
+    return (
+        "Each method has the learning rate (lr) that finetune gives it. A step is forward, loss and backward of one "
+        f"batch, without the optimizer: the mean of {settings['timed_steps']} after one to warm up, stock peft and "
+        "accelerated by turns on the same model; - where peft has no such method. Peak memory is that of training, in "
+        "a process of its own: on a GPU what torch allocated, on a CPU the resident size of the whole process, its "
+        "libraries included. Loss is in nats per token, on the part of the data held out, at most "
+        f"{MOST_EVAL_EXAMPLES} examples, before and after training."
+    )
+
+
+ANSWERING_NOTES = (
+    f"The time of a token: the prompt of sample.txt, one row, continued greedily by {NEW_TOKENS} tokens with a cache "
+    f"of keys and values; all of it, divided by {NEW_TOKENS}. Medians of as many answers as steps were timed, by "
+    "turns, after one to warm up. Base: the same model with its adapter switched off. With adapter: accelerated, the "
+    "adapter beside the weights. Merged: in the weights; - where it cannot be, and for weights in 4 bits, which "
+    "rounding would change."
+)
 
 
 def write(folder: Path, settings: dict, results: dict[Method, dict | None], failures: dict[Method, str]) -> None:
@@ -110,9 +113,11 @@ def write(folder: Path, settings: dict, results: dict[Method, dict | None], fail
     done = {method: metrics for method, metrics in results.items() if metrics is not None}
     (folder / "report.md").write_text(markdown(settings, done, failures), encoding="utf-8")
     with (folder / "report.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.DictWriter(file, ["method", *KEYS, "failed"], extrasaction="ignore")
+        rows = csv.DictWriter(file, ["method", "lr", *KEYS, "failed"], extrasaction="ignore")
         rows.writeheader()
-        rows.writerows({"method": m.value, "failed": failures.get(m, "")} | (results[m] or {}) for m in results)
+        rows.writerows(
+            {"method": m.value, "lr": WAYS[m.value].lr, "failed": failures.get(m)} | (results[m] or {}) for m in results
+        )
     if done:
         draw(folder, settings, {method.value: metrics for method, metrics in done.items()})
 

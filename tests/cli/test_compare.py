@@ -48,8 +48,7 @@ def in_process(monkeypatch):
     return names
 
 
-@pytest.fixture
-def break_method(monkeypatch):
+def break_method(monkeypatch, name):
     """Makes a method fail while its model is prepared."""
     from dataclasses import replace
 
@@ -58,7 +57,7 @@ def break_method(monkeypatch):
     def broken(model, settings):
         raise RuntimeError("no [room]\nat all")
 
-    return lambda name: monkeypatch.setitem(WAYS, name, replace(WAYS[name], add=broken))
+    monkeypatch.setitem(WAYS, name, replace(WAYS[name], add=broken))
 
 
 def rows_of(folder):
@@ -82,7 +81,7 @@ def test_the_report_says_what_the_runs_measured(comparison, in_process, read_met
     folder = tmp_path / "all"
     metrics = {method: read_metrics(folder / method) for method in methods}
     for method, row in rows_of(folder).items():
-        numbers = {name: float(value) for name, value in row.items() if value and name != "method"}
+        numbers = {name: float(value) for name, value in row.items() if value and name not in ("method", "lr")}
         assert numbers == {name: metrics[method][name] for name in numbers}
         assert {"trainable_parameters", "adapter_bytes", "step_ms_accelerated", "eval_loss_after"} <= numbers.keys()
         assert f"{method}: evaluation loss {numbers['eval_loss_before']:.4f}" in out
@@ -90,7 +89,7 @@ def test_the_report_says_what_the_runs_measured(comparison, in_process, read_met
     training, answering = cells_of(folder, "Training"), cells_of(folder, "Answering")
     assert list(training) == list(answering) == methods
     assert training["lora"]["trainable"] == f"{metrics['lora']['trainable_parameters']:,}"
-    assert training["full"]["% of all"] == "1e+02"
+    assert training["full"]["% of all"] == "100"
     without_stock = {m for m in methods if training[m]["step, peft (ms)"] == training[m]["times as fast"] == "-"}
     assert without_stock == {"adapter-houlsby", "full"}
     assert {m for m in methods if answering[m]["merged (ms)"] != "-"} == {"lora"}
@@ -99,7 +98,9 @@ def test_the_report_says_what_the_runs_measured(comparison, in_process, read_met
     assert answering["prefix"]["of base"] == f"{expected:.2f}"
 
     # The same data and model: what starts as the model itself starts from the same loss.
-    assert metrics["adapter-houlsby"]["eval_loss_before"] == pytest.approx(metrics["lora"]["eval_loss_before"], abs=0.01)
+    assert metrics["adapter-houlsby"]["eval_loss_before"] == pytest.approx(
+        metrics["lora"]["eval_loss_before"], abs=0.01
+    )
     from matplotlib.image import imread
 
     for name in ("curves.png", "tradeoff.png"):
@@ -119,7 +120,9 @@ def test_an_interrupted_comparison_goes_on(comparison, in_process, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "on_step_end", stop)
-        assert comparison(steps=4)[0] == 130
+        code, _, err = comparison(steps=4)
+    assert code == 130
+    assert "interrupted" in err
     assert not (folder / "report.md").exists()
     assert [p.name for p in (folder / "prefix").iterdir()] == ["checkpoints"]
 
@@ -148,23 +151,24 @@ def test_an_interrupted_comparison_goes_on(comparison, in_process, monkeypatch, 
     assert {p.name for p in folder.iterdir()} == kept
 
 
-def test_a_method_that_fails_does_not_end_the_others(comparison, in_process, break_method, tmp_path):
-    break_method("lora")
-    code, out, err = comparison("lora,ia3", steps=1)
+def test_a_method_that_fails_does_not_end_the_others(comparison, in_process, monkeypatch, tmp_path):
+    folder = tmp_path / "all"
+    with monkeypatch.context() as patch:
+        break_method(patch, "lora")
+        code, out, _ = comparison("lora,ia3", steps=1)
     assert code == 1
     assert in_process == ["lora", "ia3"]
     assert "lora failed: RuntimeError: no [room]" in out
-    report = (tmp_path / "all" / "report.md").read_text()
-    assert "**lora failed**: RuntimeError: no [room]" in report
-    rows = rows_of(tmp_path / "all")
+    assert "**lora failed**: RuntimeError: no [room]" in (folder / "report.md").read_text()
+    rows = rows_of(folder)
     assert rows["lora"]["failed"] == "RuntimeError: no [room]"
     assert float(rows["ia3"]["eval_loss_after"]) > 0
-    assert list(cells_of(tmp_path / "all", "Training")) == ["ia3"]
+    assert list(cells_of(folder, "Training")) == ["ia3"]
 
-    break_method("ia3")
-    code, _, _ = comparison("lora,ia3", steps=1, overwrite=True)
-    assert code == 1
-    assert "## Training" not in (tmp_path / "all" / "report.md").read_text()
+    in_process.clear()
+    code, _, _ = comparison("lora,ia3", steps=1, resume=True)  # tries it again
+    assert (code, in_process) == (0, ["lora"])
+    assert list(cells_of(folder, "Training")) == ["lora", "ia3"]
 
 
 def test_a_process_that_is_killed_is_a_failure(comparison, monkeypatch, tmp_path):
@@ -175,6 +179,9 @@ def test_a_process_that_is_killed_is_a_failure(comparison, monkeypatch, tmp_path
     code, out, _ = comparison("lora")
     assert code == 1
     assert "its process was ended by SIGKILL, as the system does when memory runs out; see lora.log" in out
+    report = (tmp_path / "all" / "report.md").read_text()
+    assert "SIGKILL" in report
+    assert "## Training" not in report
 
 
 def test_a_process_of_its_own_is_interrupted_and_leaves_what_it_can_go_on_from(model_dir, jsonl, tmp_path, monkeypatch):

@@ -83,7 +83,8 @@ def markdown(settings: dict, done: dict[Method, dict], failures: dict[Method, st
 
 
 def conditions(settings: dict, metrics: dict) -> str:
-    options = [f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if name not in ("model", "data")]
+    given = {name: getattr(value, "value", value) for name, value in settings.items() if value not in (None, False)}
+    options = [f"{name.replace('_', ' ')} {value}" for name, value in given.items() if name not in ("model", "data")]
     versions = [f"{name} {version}" for name, version in metrics["versions"].items()]
     return f"For every method: {', '.join(options)}. On {metrics['device']}; {', '.join(versions)}."
 

@@ -71,7 +71,7 @@ def arms(model) -> dict:
 
 def compare(model, prompt: list[int], rounds: int) -> dict[str, float | None]:
     """`token_ms_*` of base, adapted and merged, None where there is no such thing. Leaves a model that was merged on
-    the way with base weights that are rounded once more, and without what accelerate wraps around it for training.
+    the way with base weights that are rounded once more, and without the autocast of training.
 
     By turns, as in steptime; the first round warms up. "base" is the same model with its adapter switched off,
     "merged" has the adapter's modules still in place, idle.
@@ -82,6 +82,7 @@ def compare(model, prompt: list[int], rounds: int) -> dict[str, float | None]:
     from fastpeft.cli.progress import tell
 
     tell(description="timing answers")
+    # The Trainer wraps autocast around forward, which an answer does without.
     model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     ids = torch.tensor([prompt], device=model.device)
     contexts = arms(model)

@@ -15,6 +15,7 @@ from fastpeft.cli.errors import BadInput, one_line
 from fastpeft.cli.finetune import Settings, finetune
 from fastpeft.cli.methods import Method
 from fastpeft.cli.recommend import Quantize
+from fastpeft.cli.tasks import TaskName
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Job:
         settings = job["settings"]
         settings["method"] = Method(settings["method"])
         settings["quantize"] = settings["quantize"] and Quantize(settings["quantize"])
+        settings["task"] = TaskName(settings["task"])
         return cls(Settings(**settings), Path(job["path"]), job["timed_steps"])
 
 

@@ -1,4 +1,4 @@
-"""From a file, a hub name or `pydoc` to a data set with the columns that TRL trains on."""
+"""From a file, a hub name or `pydoc` to a data set with the columns of a task."""
 
 from pathlib import Path
 
@@ -13,8 +13,17 @@ READERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "paragraph"}),
 }
-# The columns of each kind of data, in the order in which they are looked for.
-KINDS = {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
+# The columns of each kind of data, by task, in the order in which they are looked for.
+KINDS = {
+    "causal-lm": {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)},
+    "sequence-classification": {"pairs": ("text", "text_pair", "label"), "texts": ("text", "label")},
+    "token-classification": {"words": ("tokens", "tags")},
+    "question-answering": {
+        "SQuAD": ("question", "context", "answers"),
+        "questions": ("question", "context", "answer"),
+    },
+    "seq2seq": {"pairs": ("source", "target"), "completion": ("prompt", "completion")},
+}
 # Evaluating on more examples costs more time than it gives certainty.
 MOST_EVAL_EXAMPLES = 200
 
@@ -68,14 +77,13 @@ def read(source: str):
         raise BadInput(f"--data: cannot read {source}: {one_line(error.__cause__ or error)}") from error
 
 
-def kind_of(dataset) -> str:
-    for kind, columns in KINDS.items():
+def kind_of(dataset, task: str) -> str:
+    kinds = KINDS[task]
+    for kind, columns in kinds.items():
         if set(columns) <= set(dataset.column_names):
             return kind
-    raise BadInput(
-        f"--data: needs a column 'text', or 'messages', or 'prompt' and 'completion'; "
-        f"found {', '.join(dataset.column_names) or 'none'}"
-    )
+    wanted = ", or ".join(" and ".join(f"'{column}'" for column in columns) for columns in kinds.values())
+    raise BadInput(f"--data: {task} needs {wanted}; found {', '.join(dataset.column_names) or 'none'}")
 
 
 def is_chat(value) -> bool:
@@ -86,32 +94,61 @@ def is_chat(value) -> bool:
     )
 
 
-def fits(value, kind: str) -> bool:
-    return {
-        "chat": is_chat(value),
-        "completion": is_chat(value) or isinstance(value, str),
-        "text": isinstance(value, str),
-    }[kind]
+def is_text(value) -> bool:
+    return isinstance(value, str)
 
 
-def only_wanted(dataset, kind: str):
-    """The columns of this kind, without empty rows; a row of the wrong shape is refused."""
-    columns = KINDS[kind]
+def is_label(value) -> bool:
+    return isinstance(value, str | int)
+
+
+def is_list_of(check):
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(check, value))
+
+
+def is_answers(value) -> bool:
+    """As SQuAD has them."""
+    return (
+        isinstance(value, dict)
+        and is_list_of(is_text)(value.get("text"))
+        and is_list_of(lambda start: isinstance(start, int))(value.get("answer_start"))
+    )
+
+
+_CHAT = "a list of messages with 'role' and 'content'"
+# What a value must be, where it is not text.
+SHAPES = {
+    "messages": (is_chat, _CHAT),
+    "prompt": (lambda value: is_text(value) or is_chat(value), _CHAT),
+    "completion": (lambda value: is_text(value) or is_chat(value), _CHAT),
+    "label": (is_label, "a name or a whole number"),
+    "tokens": (is_list_of(is_text), "a list of words"),
+    "tags": (is_list_of(is_label), "a list of names or whole numbers"),
+    "answers": (is_answers, "SQuAD's 'text' and 'answer_start' with at least one answer"),
+}
+
+
+def only_wanted(dataset, task: str, kind: str):
+    """The columns of this kind, without rows that hold nothing; a row of the wrong shape is refused, and one that has
+    something to read but no label is of the wrong shape."""
+    columns = KINDS[task][kind]
     dataset = dataset.select_columns(list(columns))
-    dataset = dataset.filter(lambda row: all(row[c] not in (None, "", []) for c in columns))
+    needed = columns if task == "causal-lm" else columns[:1]
+    dataset = dataset.filter(lambda row: all(row[c] not in (None, "", []) for c in needed))
+    text = (is_text, "text")
+    shapes = {c: text if task == "seq2seq" else SHAPES.get(c, text) for c in columns}
     for i, row in enumerate(dataset):
-        for column in columns:
-            if not fits(row[column], kind):
-                wanted = "text" if kind == "text" else "a list of messages with 'role' and 'content'"
+        for column, (fits, wanted) in shapes.items():
+            if not fits(row[column]):
                 raise BadInput(f"--data: '{column}' of example {i} is not {wanted}")
     return dataset
 
 
-def load(source: str, eval_fraction: float, seed: int):
-    """Returns (train, eval or None, kind); kind is chat, completion or text."""
+def load(source: str, eval_fraction: float, seed: int, task: str = "causal-lm"):
+    """Returns (train, eval or None, kind); kind is a key of KINDS[task]."""
     dataset = read(source)
-    kind = kind_of(dataset)
-    dataset = only_wanted(dataset, kind)
+    kind = kind_of(dataset, task)
+    dataset = only_wanted(dataset, task, kind)
     if len(dataset) == 0:
         raise BadInput(f"--data: {source} has no example that is not empty")
     if eval_fraction == 0:

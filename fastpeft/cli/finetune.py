@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from fastpeft.cli import data, methods
+from fastpeft.cli import data, methods, tasks
 from fastpeft.cli.errors import BadInput
 from fastpeft.cli.methods import OPTIONS, WAYS, Method, Way
 from fastpeft.cli.output import Output
 from fastpeft.cli.recommend import Quantize
+from fastpeft.cli.tasks import TaskName
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Settings:
     optimizer: str | None = None
     gradient_checkpointing: bool = False
     accelerate: bool = True
-    task: str = "causal-lm"
+    task: TaskName = TaskName.causal_lm
 
     def __post_init__(self) -> None:
         if self.lr is None:
@@ -60,6 +61,10 @@ def command(
     ],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, metrics.json, loss.png and sample.txt.")],
     method: Annotated[Method, typer.Option(help="A q stands for a base in 4 bits.")] = Method.qlora,
+    task: Annotated[
+        TaskName,
+        typer.Option(help="Columns: text | text, label | tokens, tags | question, context, answer | source, target."),
+    ] = Settings.task,
     quantize: Annotated[
         Quantize | None,
         typer.Option(help="The frozen base in 4 bits (NF4), under any method; qlora and qdora imply it."),
@@ -99,12 +104,13 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
-    """Fine-tune a causal language model."""
+    """Fine-tune a language model, or train it to classify or to find answers."""
     methods.check_options(method.value, [name for name in set().union(*OPTIONS.values()) if is_given(context, name)])
     settings = Settings(
         model=model,
         data=data,
         method=method,
+        task=task,
         quantize=quantize,
         steps=steps,
         batch_size=batch_size,
@@ -160,6 +166,7 @@ def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: 
     """Returns the metrics, and writes them with the adapter into `path`. Raises BadInput before anything is written."""
     check_packages(settings)
     methods.check_way(settings, compare_steps)
+    tasks.check_task(settings)
     data.check_source(settings.data)
     output = Output(path)
     output.check(asdict(settings), resume=resume, overwrite=overwrite)

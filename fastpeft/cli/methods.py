@@ -1,17 +1,16 @@
 """The methods of `fastpeft finetune`: their options, their learning rates, how a model gets them, what is saved."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from fastpeft.cli.errors import BadInput, one_line
-
-# peft's task types, by `--task`.
-PEFT_TASKS = {"causal-lm": "CAUSAL_LM"}
+from fastpeft.cli.tasks import TASKS
 
 
-def add_lora(model, settings, *, dora: bool = False):
+def add_lora(model, settings, heads, *, dora: bool = False):
     from peft import LoraConfig
 
     targets = settings.target_modules
@@ -22,6 +21,7 @@ def add_lora(model, settings, *, dora: bool = False):
         model,
         LoraConfig,
         settings,
+        heads,
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
@@ -30,30 +30,37 @@ def add_lora(model, settings, *, dora: bool = False):
     )
 
 
-def add_dora(model, settings):
-    return add_lora(model, settings, dora=True)
+def add_dora(model, settings, heads):
+    return add_lora(model, settings, heads, dora=True)
 
 
-def add_ia3(model, settings):
+def add_ia3(model, settings, heads):
     from peft import IA3Config
 
-    return add_peft(model, IA3Config, settings)
+    return add_peft(model, IA3Config, settings, heads)
 
 
-def add_prefix(model, settings, *, mlp: bool = False):
+def add_prefix(model, settings, heads, *, mlp: bool = False):
     from peft import PrefixTuningConfig
 
+    stack = model if "past_key_values" in parameters_of(model) else model.base_model
+    if "past_key_values" not in parameters_of(stack):
+        raise BadInput(f"--method: {type(model).__name__} takes no keys and values from outside, which a prefix is")
     return add_peft(
-        model, PrefixTuningConfig, settings, num_virtual_tokens=settings.prefix_length, prefix_projection=mlp
+        model, PrefixTuningConfig, settings, heads, num_virtual_tokens=settings.prefix_length, prefix_projection=mlp
     )
 
 
-def add_p_tuning_v2(model, settings):
+def parameters_of(model) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def add_p_tuning_v2(model, settings, heads):
     """The prefix is made by a network as wide as the keys."""
-    return add_prefix(model, settings, mlp=True)
+    return add_prefix(model, settings, heads, mlp=True)
 
 
-def add_prompt(model, settings):
+def add_prompt(model, settings, heads):
     """It starts as embeddings of random tokens, which Lester et al. found better than random numbers."""
     from peft import PromptTuningConfig, PromptTuningInit
 
@@ -61,21 +68,23 @@ def add_prompt(model, settings):
         model,
         PromptTuningConfig,
         settings,
+        heads,
         num_virtual_tokens=settings.prefix_length,
         prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
     )
 
 
-def add_p_tuning(model, settings):
+def add_p_tuning(model, settings, heads):
     from peft import PromptEncoderConfig
 
-    return add_peft(model, PromptEncoderConfig, settings, num_virtual_tokens=settings.prefix_length)
+    return add_peft(model, PromptEncoderConfig, settings, heads, num_virtual_tokens=settings.prefix_length)
 
 
-def add_peft(model, config_class, settings, **options):
+def add_peft(model, config_class, settings, heads, **options):
     from peft import get_peft_model
 
-    config = config_class(task_type=PEFT_TASKS[settings.task], **options)
+    config = config_class(task_type=TASKS[settings.task].peft, **options)
+    config.modules_to_save = heads or None
     try:
         return get_peft_model(model, config)
     except ValueError as error:  # modules that cannot carry an adapter, or a model that peft does not know
@@ -95,19 +104,21 @@ def check_targets(model, targets: list[str]) -> None:
 
 
 def adapter(placement: str, scaling: float = 1.0):
-    def add(model, settings):
+    def add(model, settings, heads):
         from fastpeft.nn import BottleneckConfig, add_bottleneck
 
         try:
             add_bottleneck(model, BottleneckConfig(placement, r=settings.bottleneck, scaling=scaling))
         except ValueError as error:
             raise BadInput(f"--method: {one_line(error)}") from error
+        for name in heads:
+            model.get_submodule(name).requires_grad_(True)
         return model
 
     return add
 
 
-def add_full(model, settings):
+def add_full(model, settings, heads):
     return model.requires_grad_(True)
 
 
@@ -125,8 +136,8 @@ OPTIONS = {
 @dataclass(frozen=True)
 class Way:
     """family: a key of OPTIONS; of a prefix the virtual tokens are keys and values, of a prompt embeddings. lr: the
-    highest learning rate by default, for AdamW. add: of a model and the settings, returns what trains: the model
-    itself, or peft's around it."""
+    highest learning rate by default, for AdamW. add: of a model, the settings and the names of the modules that train
+    in full beside it, returns what trains: the model itself, or peft's around it."""
 
     family: str
     lr: float
@@ -176,7 +187,8 @@ def check_way(settings, compare_steps: int) -> None:
         raise BadInput("--quantize: full trains every weight, and a weight in 4 bits cannot be trained")
     if not way.of_peft and not settings.accelerate:
         raise BadInput(f"--no-accelerate: peft has no {name}")
-    if way.family == "prefix" and settings.gradient_checkpointing and (compare_steps or not settings.accelerate):
+    stock = compare_steps or not settings.accelerate or TASKS[settings.task].has_head
+    if way.family == "prefix" and settings.gradient_checkpointing and stock:
         raise BadInput("--gradient-checkpointing: stock peft cannot train a prefix with it")
 
 
@@ -210,3 +222,35 @@ def encoder_of(model):
 def saved_bytes(folder: Path) -> int:
     """Of the weights that are needed to use what was trained; a prompt's encoder is needed to train on only."""
     return sum(f.stat().st_size for f in folder.glob("*.safetensors") if f.name != "prefix_encoder.safetensors")
+
+
+HEAD = "head.safetensors"
+
+
+def save_head(model, folder: Path) -> None:
+    """What trains beside an adapter that is not peft's; by name, as in the model."""
+    from safetensors.torch import save_file
+
+    head = {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad and ".bottleneck." not in n}
+    if head:
+        save_file(head, folder / HEAD, metadata={"format": "pt"})
+
+
+def load_head(model, folder: Path) -> None:
+    """Reads it back into the model, in the model's type."""
+    from safetensors.torch import load_file
+
+    if (folder / HEAD).exists():
+        foreign = model.load_state_dict(load_file(folder / HEAD), strict=False).unexpected_keys
+        if foreign:
+            raise ValueError(f"{folder / HEAD} does not fit the model: {', '.join(foreign[:3])}")
+
+
+def load_peft_head(model, folder: Path) -> None:
+    """The modules that peft trains in full, from its file: for a model whose virtual tokens were loaded otherwise."""
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:
+            parameter.data.copy_(saved[name.replace(f".modules_to_save.{model.active_adapter}", "")])

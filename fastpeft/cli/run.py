@@ -4,10 +4,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fastpeft.cli import data, methods
+from fastpeft.cli import data, methods, models, tasks
 from fastpeft.cli.errors import BadInput
 from fastpeft.cli.finetune import Settings
 from fastpeft.cli.output import Output
+from fastpeft.cli.tasks import TASKS
 
 
 def own_device(processes):
@@ -29,6 +30,7 @@ def curve(trainer, key: str) -> list[list]:
 class Run:
     def __init__(self, settings: Settings, output: Output, processes, console):
         self.settings = settings
+        self.task = TASKS[settings.task]
         self.output = output
         self.processes = processes
         self.device = own_device(processes)
@@ -36,34 +38,60 @@ class Run:
 
     def prepare(self) -> None:
         """Everything that bad input can spoil."""
-        from fastpeft.cli import models, training
+        from fastpeft.cli import training
 
         settings = self.settings
         training.optimizer_name(settings.optimizer, self.device)
         with self.processes.local_main_process_first():  # the others find what it has cached
-            self.train_data, self.eval_data, self.kind = data.load(settings.data, settings.eval_fraction, settings.seed)
+            self.train_data, self.eval_data, self.kind = data.load(
+                settings.data, settings.eval_fraction, settings.seed, settings.task.value
+            )
             source = models.resolve(settings.model)
-        config = models.load_config(source, settings.model)
-        self.tokenizer = models.load_tokenizer(source, settings.model)
+        config = models.load_config(source, settings.model, settings.task.value)
+        self.tokenizer = models.load_tokenizer(source, settings.model, settings.task.value)
         self.example = (self.eval_data or self.train_data)[0]
         if data.is_conversation(self.example) and self.tokenizer.chat_template is None:
             raise BadInput(f"--data: the tokenizer of {settings.model} has no chat template, which messages need")
+        self.prepare_task(config)
         self.model = self.adapted(source, config)
         self.print_plan()
+
+    def prepare_task(self, config) -> None:
+        """Of a task that TRL does not know: the classes, which the configuration names, and the features."""
+        task, parts = self.task, [part for part in (self.train_data, self.eval_data) if part is not None]
+        if task.features is None:
+            return
+        ids = {}
+        if task.labels is not None:
+            names, ids = tasks.class_names(parts, task.labels)
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
+        if self.settings.way.family == "prompt" and task.has_head and models.is_decoder(config):
+            # Behind virtual tokens such a classifier reads the last position, whatever stands there.
+            self.tokenizer.padding_side = "left"
+        length = self.settings.seq_len
+        features = [tasks.prepare(task, part, self.tokenizer, length, ids) for part in parts]
+        self.train_data, self.eval_data = features[0], features[1] if len(features) > 1 else None
 
     def adapted(self, source: str, config):
         import torch
         from transformers import set_seed
 
-        from fastpeft.cli import models
-
         settings = self.settings
         dtype = torch.float32 if settings.way.family == "full" else None  # what trains is kept in float32
-        base = models.load_base(
-            source, settings.model, config, four_bit=settings.four_bit, device=self.device, dtype=dtype
+        set_seed(settings.seed)  # a new head starts from random numbers
+        base, fresh = models.load_base(
+            source,
+            settings.model,
+            config,
+            four_bit=settings.four_bit,
+            device=self.device,
+            dtype=dtype,
+            task=settings.task,
         )
-        set_seed(settings.seed)  # the adapter starts from random numbers
-        model = settings.way.add(base, settings)
+        set_seed(settings.seed)  # and so does the adapter
+        model = settings.way.add(base, settings, tasks.heads(base, fresh) if self.task.has_head else [])
         self.fused, self.why_not = methods.count_bottlenecks(model), Counter()
         if settings.accelerate:
             import fastpeft
@@ -105,10 +133,7 @@ class Run:
             self.device,
             bar,
         )
-        prompt = sample.prompt_of(self.example, self.tokenizer)
-        before = sample.continuation(
-            self.model, self.tokenizer, prompt
-        )  # a fresh LoRA changes nothing, a fresh prefix does
+        text = sample.Sample(self.model, self.tokenizer, self.example) if self.task.generates else None
         checkpoint = self.output.resume_point(self.settings.steps)
         training.start_peak(self.device)
         try:
@@ -116,15 +141,17 @@ class Run:
         finally:
             bar.bar.stop()
         peak_bytes = training.peak_bytes(self.device)
-        eval_before, eval_after = training.eval_losses(trainer)
-        after = sample.continuation(self.model, self.tokenizer, prompt)
+        eval_before, eval_after, measured = training.eval_results(trainer)
+        text = text and text.after()
         seconds = time.perf_counter() - start
         metrics = {
             "method": self.settings.method.value,
+            "task": self.settings.task.value,
             "model": self.settings.model,
             "data": self.settings.data,
             "eval_loss_before": eval_before,
             "eval_loss_after": eval_after,
+            "eval_metrics": measured,
             "tokens_per_second": bar.tokens / bar.seconds if bar.seconds else None,
             "accelerated_modules": self.fused,
             "trainable_parameters": self.trainable,
@@ -145,8 +172,9 @@ class Run:
             metrics |= steptime.compare(
                 trainer, compare_steps, accelerated=settings.accelerate, of_peft=settings.way.of_peft
             )
-            metrics |= tokentime.compare(self.model, prompt, compare_steps)
-        text = sample.sample_text(self.tokenizer.decode(prompt), before, after)
+            if self.task.generates:
+                prompt = sample.prompt_of(self.example, self.tokenizer)
+                metrics |= tokentime.compare(self.model, prompt, compare_steps)
         self.write(trainer, metrics, text)
         self.print_results(metrics, text)
         return metrics
@@ -156,26 +184,29 @@ class Run:
 
         return versions()
 
-    def write(self, trainer, metrics: dict, text: str) -> None:
+    def write(self, trainer, metrics: dict, text: str | None) -> None:
         from fastpeft.cli.plot import loss_plot
 
         trainer.save_model(str(self.output.final))  # all processes: a sharded model is gathered
         if self.processes.is_main_process:
             metrics["adapter_bytes"] = methods.saved_bytes(self.output.final)
-            (self.output.final / "sample.txt").write_text(text, encoding="utf-8")
+            if text is not None:
+                (self.output.final / "sample.txt").write_text(text, encoding="utf-8")
             model, source = (Path(name).name for name in (self.settings.model, self.settings.data))
             title = f"{model}, {self.settings.method.value}, {source}"
             loss_plot(trainer.state.log_history, title, self.output.final / "loss.png")
             self.output.finish(metrics)
         self.processes.wait_for_everyone()
 
-    def print_results(self, metrics: dict, text: str) -> None:
+    def print_results(self, metrics: dict, text: str | None) -> None:
         from rich.markup import escape
 
-        self.console.print(f"\n[dim]{escape(text)}[/]")
+        if text is not None:
+            self.console.print(f"\n[dim]{escape(text)}[/]")
         if metrics["eval_loss_before"] is not None:
             change = f"{metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}"
-            self.console.print(f"evaluation loss {change}")
+            measured = "".join(f", {name} {value:.3f}" for name, value in metrics["eval_metrics"].items())
+            self.console.print(f"evaluation loss {change}{measured}")
         if metrics["tokens_per_second"]:
             self.console.print(f"{metrics['tokens_per_second']:.0f} tokens a second, {metrics['seconds']:.0f} s in all")
         if metrics.get("speedup"):
@@ -190,4 +221,4 @@ class Run:
                 f"a token: {metrics['token_ms_base']:.1f} ms without the adapter, "
                 f"{metrics['token_ms_adapted']:.1f} ms with it"
             )
-        self.console.print(f"adapter, metrics.json, loss.png and sample.txt are in {self.output.path}", soft_wrap=True)
+        self.console.print(f"what was trained, metrics.json and loss.png are in {self.output.path}", soft_wrap=True)

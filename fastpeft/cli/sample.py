@@ -13,8 +13,9 @@ def prompt_of(example: dict, tokenizer) -> list[int]:
         return tokenizer.apply_chat_template(
             example["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    if "prompt" in example:
-        return tokenizer(example["prompt"])["input_ids"]
+    for column in ("prompt", "source"):
+        if column in example:
+            return tokenizer(example[column])["input_ids"]
     return tokenizer(example["text"])["input_ids"][:PROMPT_TOKENS]
 
 
@@ -33,8 +34,18 @@ def continuation(model, tokenizer, prompt: list[int]) -> str:
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(was_training)
-    return tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip()
+    new = out[0] if model.config.is_encoder_decoder else out[0, len(prompt) :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def sample_text(prompt: str, before: str, after: str) -> str:
-    return f"prompt\n{prompt}\n\nbefore\n{before}\n\nafter\n{after}\n"
+class Sample:
+    """What the model writes before and after training. A fresh LoRA changes nothing, a fresh prefix does."""
+
+    def __init__(self, model, tokenizer, example: dict):
+        self.parts = model, tokenizer, prompt_of(example, tokenizer)
+        self.before = continuation(*self.parts)
+
+    def after(self) -> str:
+        """The text that compares the two."""
+        _, tokenizer, prompt = self.parts
+        return f"prompt\n{tokenizer.decode(prompt)}\n\nbefore\n{self.before}\n\nafter\n{continuation(*self.parts)}\n"

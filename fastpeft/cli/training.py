@@ -1,13 +1,19 @@
-"""The Trainer of TRL, set up for a run of `fastpeft finetune`."""
+"""The Trainer of TRL or transformers, set up for a run of `fastpeft finetune`."""
 
+import copy
 import math
 from pathlib import Path
 
 import torch
+import transformers
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from fastpeft.cli import tasks
 from fastpeft.cli.errors import BadInput
-from fastpeft.cli.methods import encoder_of
+from fastpeft.cli.methods import encoder_of, load_head, load_peft_head, save_head
+from fastpeft.cli.models import compute_dtype
+from fastpeft.cli.tasks import TASKS
 from fastpeft.nn import delete_bottleneck, load_bottleneck, save_bottleneck
 from fastpeft.nn.prefix import load_encoder, save_encoder
 
@@ -49,25 +55,34 @@ class Checkpoints:
     """For a Trainer: what it does not save and load itself."""
 
     def _save(self, output_dir=None, state_dict=None):
-        folder, adapter = Path(output_dir or self.args.output_dir), self.way.family == "adapter"
-        if not adapter:
+        folder, family = Path(output_dir or self.args.output_dir), self.settings.way.family
+        if family != "adapter":
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            if adapter:
-                save_bottleneck(self.model, folder)
-                self.processing_class.save_pretrained(folder)
-            elif encoder := encoder_of(self.model):
-                save_encoder(encoder, folder)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+        if not self.args.should_save:
+            return
+        if family == "adapter":
+            save_bottleneck(self.model, folder)
+            save_head(self.model, folder)
+            self.processing_class.save_pretrained(folder)
+        elif encoder := encoder_of(self.model):
+            save_encoder(encoder, folder)
+        if TASKS[self.settings.task].has_head:
+            config = copy.deepcopy(self.model.config)  # with the names of the classes
+            vars(config).pop("quantization_config", None)  # of the model in memory; the checkpoint's is not in 4 bits
+            config.save_pretrained(folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder, encoder = Path(resume_from_checkpoint), encoder_of(self.model)
-        if self.way.family == "adapter":
-            delete_bottleneck(self.model, "default")
-            load_bottleneck(self.model, folder)
+        if self.settings.way.family == "adapter":
+            load_bottleneck(self.model, folder, "resumed")
+            delete_bottleneck(self.model, "default")  # not before: a model's first adapter freezes the head
+            load_head(self.model, folder)
         elif encoder is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif not load_encoder(encoder, folder):
+        elif load_encoder(encoder, folder):
+            load_peft_head(self.model, folder)
+        else:
             raise FileNotFoundError(f"{folder} does not hold the encoder of the virtual tokens")
 
 
@@ -75,56 +90,76 @@ class TextTrainer(Checkpoints, SFTTrainer):
     pass
 
 
-def build(settings, output, model, tokenizer, train, evaluation, kind: str, device, bar):
-    from transformers import PrinterCallback
+class TaskTrainer(Checkpoints, Trainer):
+    pass
 
-    from fastpeft.cli.models import compute_dtype
 
+def arguments(settings, output, device, *, evaluates: bool) -> dict:
     half = compute_dtype(device)
     steps = settings.steps
-    config = SFTConfig(
-        output_dir=str(output.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        max_length=settings.seq_len,
-        shuffle_dataset=True,
-        learning_rate=settings.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # of all steps
-        optim=optimizer_name(settings.optimizer, device),
-        seed=settings.seed,
-        use_cpu=device.type == "cpu",
-        bf16=half == torch.bfloat16,
-        fp16=half == torch.float16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=max(1, steps // LOGS_A_RUN),
-        logging_first_step=True,
-        eval_strategy="no" if evaluation is None else "steps",
-        eval_steps=math.ceil(steps / EVALUATIONS_A_RUN),
-        eval_on_start=evaluation is not None and output.resume_point(steps) is None,
-        save_steps=min(MOST_STEPS_BETWEEN_CHECKPOINTS, math.ceil(steps / CHECKPOINTS_A_RUN)),
-        save_total_limit=2,  # one more than needed, for an interruption while the newest is written
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,  # there is one bar, ours
-        report_to="none",
-        **packing(kind, settings),
-    )
+    return {
+        "output_dir": str(output.checkpoints),
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "learning_rate": settings.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # of all steps
+        "optim": optimizer_name(settings.optimizer, device),
+        "seed": settings.seed,
+        "use_cpu": device.type == "cpu",
+        "bf16": half == torch.bfloat16,
+        "fp16": half == torch.float16,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "logging_steps": max(1, steps // LOGS_A_RUN),
+        "logging_first_step": True,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": math.ceil(steps / EVALUATIONS_A_RUN),
+        "eval_on_start": evaluates and output.resume_point(steps) is None,
+        "save_steps": min(MOST_STEPS_BETWEEN_CHECKPOINTS, math.ceil(steps / CHECKPOINTS_A_RUN)),
+        "save_total_limit": 2,  # one more than needed, for an interruption while the newest is written
+        "dataloader_pin_memory": device.type == "cuda",
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,  # there is one bar, ours
+        "report_to": "none",
+    }
+
+
+def build(settings, output, model, tokenizer, train, evaluation, kind: str, device, bar):
+    """train, evaluation: rows of text for TRL, or the features of a task."""
+    task = TASKS[settings.task]
+    common = arguments(settings, output, device, evaluates=evaluation is not None)
+    if task.features is None:
+        config = SFTConfig(**common, max_length=settings.seq_len, shuffle_dataset=True, **packing(kind, settings))
+        trainer_class, more = TextTrainer, {}
+    else:
+        config = TrainingArguments(
+            **common,
+            include_num_input_tokens_seen="non_padding",
+            remove_unused_columns=False,  # there are none
+            label_names=list(task.targets),
+        )
+        trainer_class = TaskTrainer
+        more = {
+            "data_collator": getattr(transformers, task.collator)(tokenizer),
+            "compute_metrics": tasks.compute_metrics(task),
+            "preprocess_logits_for_metrics": task.choose,
+        }
     if config.n_gpu > 1:  # one process drives one GPU; several are for torchrun or accelerate launch
         config._n_gpu = 1
     if settings.way.family == "adapter" and settings.four_bit:
         model._hf_peft_config_loaded = True  # so transformers asks whether a 4-bit model has something to train
-    trainer = TextTrainer(
+    trainer = trainer_class(
         model=model,
         args=config,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[bar],
+        **more,
     )
-    trainer.way = settings.way
+    trainer.settings = settings
     trainer.remove_callback(PrinterCallback)
     # TRL turns the adapters of a 4-bit model to bfloat16; small updates are lost in it, so they go back to float32.
     for parameter in model.parameters():
@@ -156,12 +191,18 @@ def peak_bytes(device) -> int | None:
     return int(line.split()[1]) * 1024  # in kB
 
 
-def eval_losses(trainer) -> tuple[float, float] | tuple[None, None]:
-    """Before and after training, from the log; the last step is evaluated if it was not."""
+def eval_results(trainer) -> tuple[float | None, float | None, dict[str, float]]:
+    """Loss before and after training, and what else the task measures after it, from the log; the last step is
+    evaluated if it was not."""
     if trainer.eval_dataset is None:
-        return None, None
+        return None, None, {}
     evaluated = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
     if evaluated[-1] != trainer.state.global_step:
         trainer.evaluate()
-    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
-    return losses[0], losses[-1]
+    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
+    names = ("accuracy", "token_accuracy", "exact_match", "f1")
+    return (
+        rows[0]["eval_loss"],
+        rows[-1]["eval_loss"],
+        {n: rows[-1][f"eval_{n}"] for n in names if f"eval_{n}" in rows[-1]},
+    )

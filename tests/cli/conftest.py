@@ -73,6 +73,30 @@ def model_dir(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def other_models(tokenizer, tmp_path_factory):
+    """By name: an encoder without a head, and an encoder-decoder."""
+    import torch
+    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    bert = BertConfig(
+        **vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    t5 = T5Config(
+        **vocabulary, d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4,
+        eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    models = {"bert": BertModel(bert), "t5": T5ForConditionalGeneration(t5)}
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in models.items():
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: folder / name for name in models}
+
+
+@pytest.fixture(scope="session")
 def jsonl(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "text.jsonl"
     rows = [{"text": f"{i}. {sentence}"} for i in range(8) for sentence in SENTENCES]
@@ -136,3 +160,21 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(Run, "write", keep)
     return kept
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the next run stop as Ctrl-C does, after so many steps."""
+    from fastpeft.cli.progress import ProgressBar
+
+    on_step_end = ProgressBar.on_step_end
+
+    def arm(steps):
+        def stop(self, args, state, control, **kwargs):
+            on_step_end(self, args, state, control, **kwargs)
+            if state.global_step == steps:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ProgressBar, "on_step_end", stop)
+
+    yield arm

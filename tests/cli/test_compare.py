@@ -54,7 +54,7 @@ def break_method(monkeypatch, name):
 
     from fastpeft.cli.methods import WAYS
 
-    def broken(model, settings):
+    def broken(model, settings, heads):
         raise RuntimeError("no [room]\nat all")
 
     monkeypatch.setitem(WAYS, name, replace(WAYS[name], add=broken))
@@ -274,7 +274,7 @@ def test_answers_are_timed_without_with_and_with_a_merged_adapter(method, model_
     settings = Settings(model=str(model_dir), data="", method=Method(method), rank=4, prefix_length=4, bottleneck=4)
     source = str(model_dir)
     config = models.load_config(source, source)
-    base = models.load_base(source, source, config, four_bit=settings.four_bit, device=torch.device("cpu"))
+    base, _ = models.load_base(source, source, config, four_bit=settings.four_bit, device=torch.device("cpu"))
     ids = torch.arange(24).view(1, 24) * 7 % 250
 
     def logits(model):
@@ -289,7 +289,7 @@ def test_answers_are_timed_without_with_and_with_a_merged_adapter(method, model_
         return answer.logits[0].float()
 
     plain = logits(base)
-    model = settings.way.add(base, settings)
+    model = settings.way.add(base, settings, [])
     for parameter in model.parameters():
         if parameter.requires_grad and method != "full":
             parameter.data = parameter.data.float() + 0.1 * torch.randn_like(parameter, dtype=torch.float32)

@@ -4,25 +4,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Makes the next run stop as Ctrl-C does, after so many steps."""
-    from fastpeft.cli.progress import ProgressBar
-
-    on_step_end = ProgressBar.on_step_end
-
-    def arm(steps):
-        def stop(self, args, state, control, **kwargs):
-            on_step_end(self, args, state, control, **kwargs)
-            if state.global_step == steps:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(ProgressBar, "on_step_end", stop)
-
-    yield arm
-
-
 OPTIONS = {
     "lora": {"rank": 4},
     "adapter-houlsby": {"rank": None, "bottleneck": 4},

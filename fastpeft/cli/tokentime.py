@@ -69,30 +69,39 @@ def arms(model) -> dict:
     return {}
 
 
+@contextlib.contextmanager
+def without_autocast(model):
+    """The Trainer wraps it around `forward`, on the model itself; an answer does without."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
+
 def compare(model, prompt: list[int], rounds: int) -> dict[str, float | None]:
     """`token_ms_*` of base, adapted and merged, None where there is no such thing. Leaves a model that was merged on
-    the way with base weights that are rounded once more, and without the autocast of training.
+    the way with base weights that are rounded once more.
 
     By turns, as in steptime; the first round warms up. "base" is the same model with its adapter switched off,
     "merged" has the adapter's modules still in place, idle.
     """
     import torch
-    from accelerate.utils import extract_model_from_parallel
 
     from fastpeft.cli.progress import tell
 
     tell(description="timing answers")
-    # The Trainer wraps autocast around forward, which an answer does without.
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     ids = torch.tensor([prompt], device=model.device)
     contexts = arms(model)
     times_ms = {arm: [] for arm in contexts}
     was_training = model.training
     model.eval()
-    for _ in range(rounds + 1):
-        for arm, context in contexts.items():
-            with context():
-                times_ms[arm].append(token_ms(model, ids))
+    with without_autocast(model):
+        for _ in range(rounds + 1):
+            for arm, context in contexts.items():
+                with context():
+                    times_ms[arm].append(token_ms(model, ids))
     model.train(was_training)
     medians = {arm: statistics.median(times[1:]) for arm, times in times_ms.items()}
     return {f"token_ms_{arm}": medians.get(arm) for arm in ("base", "adapted", "merged")}

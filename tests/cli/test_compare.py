@@ -312,6 +312,27 @@ def test_answers_are_timed_without_with_and_with_a_merged_adapter(method, model_
     assert (logits(model) - found["adapted"]).norm() <= 0.1 * learnt
 
 
+def test_answers_are_timed_without_the_autocast_of_training(model_dir):
+    """And the model has it again afterwards."""
+    from fastpeft.cli import models, tokentime
+
+    settings = Settings(model=str(model_dir), data="", method=Method("adapter-parallel"), bottleneck=4)
+    config = models.load_config(settings.model, settings.model)
+    base, _ = models.load_base(settings.model, settings.model, config, four_bit=False, device=torch.device("cpu"))
+    model = settings.way.add(base, settings, []).train()
+
+    def wrapped(*args, **kwargs):
+        raise AssertionError("an answer came here")
+
+    model.forward = wrapped
+    times = tokentime.compare(model, [1, 2, 3], 1)
+    assert times["token_ms_base"] > 0
+    assert times["token_ms_adapted"] > 0
+    assert times["token_ms_merged"] is None
+    assert model.forward is wrapped
+    assert model.training
+
+
 @pytest.mark.parametrize("losses", [[2.0] * 13, [2 + i / 10 for i in range(13)], [1.0, 1.001, 1.002, 3.0], [2.5]])
 def test_labels_beside_a_plot_do_not_overlap(losses):
     from matplotlib.text import Text

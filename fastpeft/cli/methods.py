@@ -86,10 +86,13 @@ def add_peft(model, config_class, settings, heads, **options):
     config = config_class(task_type=TASKS[settings.task].peft, **options)
     config.modules_to_save = heads or None
     try:
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
     except ValueError as error:  # modules that cannot carry an adapter, or a model that peft does not know
         option = "--target-modules" if "target_modules" in options else "--method"
         raise BadInput(f"{option}: {one_line(error)}") from error
+    if heads:  # peft has added the usual names, the same ones too
+        config.modules_to_save = sorted(set(config.modules_to_save))
+    return model
 
 
 def check_targets(model, targets: list[str]) -> None:
@@ -221,7 +224,9 @@ def encoder_of(model):
 
 def saved_bytes(folder: Path) -> int:
     """Of the weights that are needed to use what was trained; a prompt's encoder is needed to train on only."""
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors") if f.name != "prefix_encoder.safetensors")
+    from fastpeft.nn.prefix import _ENCODER
+
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.name != _ENCODER)
 
 
 HEAD = "head.safetensors"

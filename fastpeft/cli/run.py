@@ -103,7 +103,9 @@ class Run:
 
     def print_plan(self) -> None:
         self.trainable, self.total = methods.count_parameters(self.model)
-        adapters = "stock peft" if not self.settings.accelerate else f"{self.fused} adapter modules accelerated"
+        adapters = f"{self.fused} adapter modules accelerated" if self.settings.accelerate else "stock peft"
+        if self.settings.way.family == "full":
+            adapters = "no adapter"
         evaluation = 0 if self.eval_data is None else len(self.eval_data)
         self.console.print(f"[bold]{self.settings.model}[/] with {self.settings.method.value} on {self.device_name()}")
         self.console.print(f"{self.trainable:,} of {self.total:,} parameters train; {adapters}")

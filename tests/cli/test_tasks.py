@@ -177,6 +177,24 @@ def test_labels_lie_on_the_first_token_of_a_word_and_on_the_answer(tokenizer):
         tasks.span([row | {"answers": {"text": ["me"], "answer_start": [5]}}], tokenizer, 64, {})
 
 
+@pytest.mark.parametrize("method", ["lora", "adapter-pfeiffer", "prompt"])
+def test_what_a_checkpoint_lacks_trains_too(method, finetune, trained, data, other_models, tmp_path):
+    """A masked language model has no pooler."""
+    from transformers import BertForMaskedLM
+
+    path = tmp_path / "masked"
+    BertForMaskedLM.from_pretrained(other_models["bert"]).save_pretrained(path)
+    for file in other_models["bert"].glob("token*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    rows = data([labelled(i) for i in range(20)])
+    options = options_of(method) | {"steps": 1, "task": "sequence-classification"}
+    assert finetune(model=path, data=rows, **options)[::2] == (0, "")
+    trains = {name for name, p in trained["model"].named_parameters() if p.requires_grad}
+    assert any("pooler.dense" in name for name in trains)
+    assert any("classifier" in name for name in trains)
+    assert (tmp_path / "run" / "adapter_config.json").exists()
+
+
 def test_classes_are_named_by_the_data():
     from datasets import ClassLabel, Dataset, Features, Value
 

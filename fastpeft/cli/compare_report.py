@@ -83,8 +83,8 @@ def markdown(settings: dict, done: dict[Method, dict], failures: dict[Method, st
 
 
 def conditions(settings: dict, metrics: dict) -> str:
-    given = {name: getattr(value, "value", value) for name, value in settings.items() if value not in (None, False)}
-    options = [f"{name.replace('_', ' ')} {value}" for name, value in given.items() if name not in ("model", "data")]
+    given = {name: getattr(value, "value", value) for name, value in settings.items() if name not in ("model", "data")}
+    options = [f"{name.replace('_', ' ')} {value}" for name, value in given.items() if value is not None]
     versions = [f"{name} {version}" for name, version in metrics["versions"].items()]
     return f"For every method: {', '.join(options)}. On {metrics['device']}; {', '.join(versions)}."
 
@@ -104,8 +104,8 @@ ANSWERING_NOTES = (
     f"The time of a token: the prompt of sample.txt, one row, continued greedily by {NEW_TOKENS} tokens with a cache "
     f"of keys and values; all of it, divided by {NEW_TOKENS}. Medians of as many answers as steps were timed, by "
     "turns, after one to warm up. Base: the same model with its adapter switched off. With adapter: accelerated, the "
-    "adapter beside the weights. Merged: in the weights; - where it cannot be, and for weights in 4 bits, which "
-    "rounding would change."
+    "adapter beside the weights. Merged: in the weights, with peft's modules still around them (merge_and_unload "
+    "removes those, and leaves the base); - where it cannot be, and for weights in 4 bits, which rounding would change."
 )
 
 

@@ -60,11 +60,15 @@ def tradeoff_plot(
     losses: dict[str, float], costs: dict[str, dict[str, float]], styles: dict[str, int], title: str, path: Path
 ) -> None:
     """losses: evaluation loss by method, of all that are drawn. costs: by the label of an axis, a number by method."""
+    from matplotlib.ticker import EngFormatter
+
     figure = new_figure(6 * len(costs), 4.8)
     for axes, (label, cost) in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs.items(), strict=True):
         axes.set(xlabel=label, ylabel=f"evaluation {LOSS}")
         if max(cost.values(), default=0) > 20 * min(cost.values(), default=0) > 0:
             axes.set_xscale("log")
+        if max(cost.values(), default=0) > 1e5:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 4.9M
         axes.grid(alpha=0.3)
         axes.margins(0.08)
         for method, loss in losses.items():

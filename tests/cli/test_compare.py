@@ -73,7 +73,7 @@ def cells_of(folder, title):
     return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
 
-def test_the_report_says_what_the_runs_measured(comparison, in_process, read_metrics, tmp_path):
+def test_the_report_says_what_the_runs_measured(comparison, in_process, read_metrics, model_dir, jsonl, tmp_path):
     methods = ["lora", "qlora", "adapter-houlsby", "prefix", "full"]
     code, out, err = comparison(",".join(methods), steps=2)
     assert (code, err) == (0, "")
@@ -86,6 +86,10 @@ def test_the_report_says_what_the_runs_measured(comparison, in_process, read_met
         assert {"trainable_parameters", "adapter_bytes", "step_ms_accelerated", "eval_loss_after"} <= numbers.keys()
         assert f"{method}: evaluation loss {numbers['eval_loss_before']:.4f}" in out
 
+    report = (folder / "report.md").read_text()
+    assert f"# {model_dir} on {jsonl}" in report
+    assert "steps 2, batch size 2, seq len 32" in report
+    assert "seed 0" in report
     training, answering = cells_of(folder, "Training"), cells_of(folder, "Answering")
     assert list(training) == list(answering) == methods
     assert training["lora"]["trainable"] == f"{metrics['lora']['trainable_parameters']:,}"

@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from fastpeft.cli import doctor, finetune, recommend
+from fastpeft.cli import compare, doctor, finetune, recommend
 from fastpeft.cli.errors import BadInput
 
 # typer carries its own copy of click, or uses the installed one, depending on its version; this is the class in both.
 UsageError = typer.BadParameter.__base__
+INTERRUPTED = 130  # what a shell calls the end by Ctrl-C
 
 app = typer.Typer(
     name="fastpeft",
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("finetune")(finetune.command)
+app.command("compare")(compare.command)
 app.command("recommend")(recommend.command)
 app.command("doctor")(doctor.command)
 
@@ -54,6 +56,7 @@ def run(arguments: list[str] | None) -> int:
     except UsageError as error:
         return fail(error.format_message())
     except typer.Abort:
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # typer's newer versions return it
         print("fastpeft: interrupted", file=sys.stderr)
-        return 130
     return code if isinstance(code, int) else 0

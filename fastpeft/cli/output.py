@@ -16,6 +16,8 @@ METRICS = "metrics.json"
 
 
 class Output:
+    unfinished = "an interrupted run"  # what there is where there are settings
+
     def __init__(self, path: Path):
         self.path = path.expanduser().absolute()
         self.checkpoints = self.path / "checkpoints"
@@ -32,7 +34,7 @@ class Output:
             if resume:
                 self.check_same(settings)
             elif not overwrite:
-                raise BadInput(f"--output: {self.path} holds an interrupted run; add --resume or --overwrite")
+                raise BadInput(f"--output: {self.path} holds {self.unfinished}; add --resume or --overwrite")
         elif (self.path / METRICS).exists():
             if not overwrite:
                 raise BadInput(f"--output: {self.path} holds a finished run; add --overwrite to replace it")
@@ -52,7 +54,7 @@ class Output:
         before = json.loads(self.settings.read_text())
         for key, value in settings.items():
             if before.get(key) != value:
-                raise BadInput(f"--resume: the interrupted run has {key} {before.get(key)}, not {value}")
+                raise BadInput(f"--resume: {self.unfinished} has {key} {before.get(key)}, not {value}")
 
     def begin(self, settings: dict, *, resume: bool) -> None:
         if not resume:

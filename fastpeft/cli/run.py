@@ -168,12 +168,15 @@ class Run:
             "versions": self.versions(),
         }
         if compare_steps:
-            from fastpeft.cli import steptime
+            from fastpeft.cli import steptime, tokentime
 
             settings = self.settings
             metrics |= steptime.compare(
                 trainer, compare_steps, accelerated=settings.accelerate, of_peft=settings.way.of_peft
             )
+            if self.task.generates:
+                prompt = sample.prompt_of(self.example, self.tokenizer)
+                metrics |= tokentime.compare(self.model, prompt, compare_steps)
         self.write(trainer, metrics, text)
         self.print_results(metrics, text)
         return metrics
@@ -215,4 +218,9 @@ class Run:
             )
         elif "speedup" in metrics:
             self.console.print(f"a step: {metrics['step_ms_accelerated']:.0f} ms; peft has no such method")
+        if metrics.get("token_ms_adapted"):
+            self.console.print(
+                f"a token: {metrics['token_ms_base']:.1f} ms without the adapter, "
+                f"{metrics['token_ms_adapted']:.1f} ms with it"
+            )
         self.console.print(f"what was trained, metrics.json and loss.png are in {self.output.path}", soft_wrap=True)

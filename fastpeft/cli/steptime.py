@@ -26,7 +26,9 @@ def compare(trainer, steps: int, *, accelerated: bool, of_peft: bool) -> dict[st
     then its time and the speedup are None.
     """
     import fastpeft
+    from fastpeft.cli.progress import tell
 
+    tell(description="timing steps")
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     arms = {"accelerated": fastpeft.accelerate} | ({"peft": fastpeft.restore} if of_peft else {})

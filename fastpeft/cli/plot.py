@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-LOSS = "loss (nats per token)"
+LOSS = "loss (nats)"
 # Apart from each other in hue and lightness, by turns, so that neighbours differ for colour-blind eyes too; as many as
 # there are methods, so that a method keeps its colour from one comparison to the next.
 COLOURS = (

@@ -48,6 +48,8 @@ class PromptLearning:
                 return stock.forward(self, *args, **kwargs)
             return self._forward(**kwargs, **dict(zip(names, args, strict=False)))
 
+        del forward.__wrapped__  # who unwraps a forward, as accelerate's unwrap_model may, would end in peft's
+        forward.__signature__ = inspect.signature(stock.forward)
         cls.forward = forward
 
     def _flat(self, positions: int) -> Tensor:

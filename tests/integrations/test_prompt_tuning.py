@@ -1,6 +1,7 @@
 """peft's prompt tuning, P-Tuning and multitask prompt tuning, accelerated: against peft, and where peft is wrong."""
 
 import copy
+import inspect
 import warnings
 from functools import partial
 
@@ -429,6 +430,15 @@ def test_deepcopy_is_independent():
     torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight)
     assert_same(results(clone, **arguments), expected, 1e-6)
     assert not torch.allclose(results(model, **arguments)["logits"], expected["logits"])
+
+
+def test_an_unwrapped_forward_has_the_signature_of_peft_but_is_ours():
+    """As `unwrap_model` of accelerate follows it back."""
+    stock = tuned()
+    signature = inspect.signature(stock.forward)
+    fastpeft.accelerate(stock)
+    assert inspect.signature(stock.forward) == signature
+    assert inspect.unwrap(stock.forward) == stock.forward
 
 
 def test_a_compiled_model():

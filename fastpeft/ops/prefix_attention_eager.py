@@ -27,9 +27,10 @@ _LEAST_ROWS = 32
 # Where torch's flash attention attends over the real keys beside the prefix. On a CPU joined keys are faster (below);
 # there only tests take it.
 _FLASH_DEVICES = ("cuda",)
-# From how many query rows torch's flash attention is called with joined keys on a CPU. Forward: of 256 to 1024 rows, 9
-# heads of 64, 3 of keys, it took as long as blocks on one thread, 0.7 to 0.8 of it on two (AMD EPYC, AVX512-BF16).
-# Backward: of 256 rows it took 1.4 times as long as blocks, of 1024 0.9 times; from 768 on it has tiles of 256 rows.
+# From how many query rows torch's flash attention is called with joined keys on a CPU. In terms of blocks it took, with 9
+# heads of 64, 3 of keys, P = 32 (AMD EPYC, AVX512-BF16, medians of 41 pairs): forward of 256 to 1024 rows 0.65 to 0.78
+# on two threads and 0.9 to 1.15 on one; backward of 512 rows 1.15 and 1.40, of 768, from where on it has tiles of 256
+# rows, 0.85 and 1.05, of 1024 0.81 and 0.93.
 _JOINED_ROWS, _JOINED_BACKWARD_ROWS = 64, 768
 _JOINED_PREFIXES = 4  # so many times P rows at least: the rows of zeros and the copies of the prefix should cost little
 # Of both: the backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.

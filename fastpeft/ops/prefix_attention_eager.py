@@ -27,8 +27,8 @@ _LEAST_ROWS = 32
 # Where torch's flash attention attends over the real keys beside the prefix. On a CPU joined keys are faster (below);
 # there only tests take it.
 _FLASH_DEVICES = ("cuda",)
-# From how many query rows torch's flash attention is called with joined keys on a CPU. In terms of blocks it took, with 9
-# heads of 64, 3 of keys, P = 32 (AMD EPYC, AVX512-BF16, medians of 41 pairs): forward of 256 to 1024 rows 0.65 to 0.78
+# From how many query rows torch's flash attention is called with joined keys on a CPU. In terms of blocks it took (9
+# heads of 64, 3 of keys, P = 32; AMD EPYC, AVX512-BF16; medians of 41 pairs): forward of 256 to 1024 rows 0.65 to 0.78
 # on two threads and 0.9 to 1.15 on one; backward of 512 rows 1.15 and 1.40, of 768, from where on it has tiles of 256
 # rows, 0.85 and 1.05, of 1024 0.81 and 0.93.
 _JOINED_ROWS, _JOINED_BACKWARD_ROWS = 64, 768

@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 
 # A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it.
 demo: $(INSTALLED)
-	$(BIN)/fastpeft finetune --model smollm2 --data pydoc --method qlora --output runs/demo --steps 60 --compare-steps 4
+	$(BIN)/fastpeft finetune --model smollm2 --data pydoc --method qlora --output runs/demo --steps 60 --compare-steps 7
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -92,7 +92,7 @@ def conditions(settings: dict, metrics: dict) -> str:
 def training_notes(settings: dict) -> str:
     return (
         "Each method has the learning rate (lr) that finetune gives it. A step is forward, loss and backward of one "
-        f"batch, without the optimizer: the mean of {settings['timed_steps']} after one to warm up, stock peft and "
+        f"batch, without the optimizer: the median of {settings['timed_steps']} after one to warm up, stock peft and "
         "accelerated by turns on the same model; - where peft has no such method. Peak memory is that of training, in "
         "a process of its own: on a GPU what torch allocated, on a CPU the resident size of the whole process, its "
         "libraries included. Loss is in nats per token, on the part of the data held out, at most "

@@ -20,7 +20,8 @@ def one_step_ms(trainer, batch: dict) -> float:
 
 
 def compare(trainer, steps: int, *, accelerated: bool, of_peft: bool) -> dict[str, float | None]:
-    """Alternates the two, so that a machine that slows down or speeds up does so for both; the first pair warms up.
+    """Medians. The two take turns, in reversed order from pair to pair, so that a machine that slows down or speeds up
+    does so for both; the first pair warms up.
 
     accelerated: the state in which to leave the model. of_peft: False where there is no stock peft to compare with;
     then its time and the speedup are None.
@@ -33,14 +34,14 @@ def compare(trainer, steps: int, *, accelerated: bool, of_peft: bool) -> dict[st
     batch = next(iter(trainer.get_train_dataloader()))
     arms = {"accelerated": fastpeft.accelerate} | ({"peft": fastpeft.restore} if of_peft else {})
     times_ms = {arm: [] for arm in arms}
-    for _ in range(steps + 1):
-        for arm, prepare in arms.items():
+    for pair in range(steps + 1):
+        for arm, prepare in sorted(arms.items(), reverse=pair % 2 == 0):
             prepare(trainer.model)
             times_ms[arm].append(one_step_ms(trainer, batch))
     arms["accelerated" if accelerated else "peft"](trainer.model)
     trainer.model.zero_grad(set_to_none=True)
-    means_ms = {arm: statistics.mean(times[1:]) for arm, times in times_ms.items()}
-    peft_ms, accelerated_ms = means_ms.get("peft"), means_ms["accelerated"]
+    medians_ms = {arm: statistics.median(times[1:]) for arm, times in times_ms.items()}
+    peft_ms, accelerated_ms = medians_ms.get("peft"), medians_ms["accelerated"]
     return {
         "step_ms_peft": peft_ms,
         "step_ms_accelerated": accelerated_ms,

@@ -68,6 +68,31 @@ def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(1, VOCAB, (batch, length))
 
 
+def text(batch: int = 3, length: int = 14) -> torch.Tensor:
+    """Tokens, none of which is special."""
+    return torch.randint(3, VOCAB, (batch, length))
+
+
+def side_mask(ids: torch.Tensor, side: str) -> torch.Tensor:
+    """The attention mask of a batch whose first row is padded at this side, "left", "right" or "none"."""
+    mask = torch.ones_like(ids)
+    if side == "left":
+        mask[0, :5] = 0
+    elif side == "right":
+        mask[0, -4:] = 0
+    return mask
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """Tensors by name; the tolerance, relative to the norm of each, covers another order of float operations only."""
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        found = actual[name]
+        assert found is not None and found.dtype == wanted.dtype and found.shape == wanted.shape, name
+        difference = (found.double() - wanted.double()).norm() / wanted.double().norm()
+        assert difference <= tolerance, (name, difference.item())
+
+
 def loss_and_gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits, loss and the gradient of every trainable parameter, by name; gradients are cleared again."""
     output = model(input_ids=ids, labels=ids)

@@ -16,7 +16,17 @@ from peft import LoraConfig, get_peft_model
 
 import fastpeft
 from fastpeft.integrations.peft import FusedLinear, FusedLinear4bit
-from tests.models import fill_adapters, gpt2, llama, loss_and_gradients, loss_curve, quantize, tokens, with_lora
+from tests.models import (
+    assert_same,
+    fill_adapters,
+    gpt2,
+    llama,
+    loss_and_gradients,
+    loss_curve,
+    quantize,
+    tokens,
+    with_lora,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -27,15 +37,6 @@ def build(kind: str, dtype=FP32, **options):
     if kind == "gpt2":
         return with_lora(gpt2(dtype), fan_in_fan_out=True, **options)
     return with_lora(quantize(llama(dtype), dtype), **options)
-
-
-def assert_same(fused: dict, stock: dict, tolerance: float) -> None:
-    """Relative to the size of each tensor; `tolerance` covers the different order of float operations only."""
-    assert fused.keys() == stock.keys()
-    for name in stock:
-        assert fused[name] is not None and fused[name].dtype == stock[name].dtype, name
-        difference = (fused[name].double() - stock[name].double()).norm() / stock[name].double().norm()
-        assert difference < tolerance, (name, difference.item())
 
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "llama4bit"))

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.integrations.ia3 import FusedIA3Linear, FusedIA3Linear4bit
-from tests.models import gpt2, llama, loss_and_gradients, quantize, tokens
+from tests.models import assert_same, gpt2, llama, loss_and_gradients, quantize, tokens
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = pytest.mark.parametrize("kind", ("llama", "gpt2", "llama4bit"))
@@ -37,14 +37,6 @@ def build(kind: str, dtype=FP32, **options) -> nn.Module:
     model = get_peft_model(quantize(base, dtype) if kind == "llama4bit" else base, config(kind), **options)
     fill(model)
     return model.train()
-
-
-def assert_same(fused: dict, stock: dict, tolerance: float) -> None:
-    assert fused.keys() == stock.keys()
-    for name in stock:
-        assert fused[name].dtype == stock[name].dtype, name
-        difference = (fused[name].double() - stock[name].double()).norm() / stock[name].double().norm()
-        assert difference < tolerance, (name, difference.item())
 
 
 @KINDS

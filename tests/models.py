@@ -105,6 +105,27 @@ def loss_and_gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.T
     return results
 
 
+@torch.no_grad()
+def recomputed(model: nn.Module, ids: torch.Tensor, steps: int, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy decoding without a cache: (tokens with those given, scores [steps, B, V]). Every step is a forward pass over
+    all tokens, so it is what `generate` must give, whatever name or form a cache has.
+
+    For an encoder-decoder `ids` are the decoder's, and `arguments` hold what the encoder reads. The end of the text is
+    ruled out, as by `generate(min_new_tokens=steps)`.
+    """
+    was_training, scores, eos = model.training, [], model.generation_config.eos_token_id
+    model.eval()
+    name = "decoder_input_ids" if "input_ids" in arguments else "input_ids"
+    for _ in range(steps):
+        logits = model(**arguments, **{name: ids}).logits[:, -1].float()
+        if eos is not None and eos < logits.shape[1]:
+            logits[:, eos] = -torch.inf
+        scores.append(logits)
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    model.train(was_training)
+    return ids, torch.stack(scores)
+
+
 def loss_curve(base: nn.Module, ids: torch.Tensor, prepare: Callable[[nn.Module], object], **options) -> torch.Tensor:
     """The losses of 30 steps from one seed. The optimizer is fused: it leaves the versions of parameters as they are.
 

@@ -1,6 +1,5 @@
 """The methods of `fastpeft finetune`: their options, their learning rates, how a model gets them, what is saved."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from fastpeft.cli.errors import BadInput, one_line
 from fastpeft.cli.tasks import TASKS
+from fastpeft.expected import cache_name
 
 
 def add_lora(model, settings, heads, *, dora: bool = False):
@@ -43,16 +43,12 @@ def add_ia3(model, settings, heads):
 def add_prefix(model, settings, heads, *, mlp: bool = False):
     from peft import PrefixTuningConfig
 
-    stack = model if "past_key_values" in parameters_of(model) else model.base_model
-    if "past_key_values" not in parameters_of(stack):
+    stack = model if cache_name(model.forward) else model.base_model
+    if cache_name(stack.forward) is None:
         raise BadInput(f"--method: {type(model).__name__} takes no keys and values from outside, which a prefix is")
     return add_peft(
         model, PrefixTuningConfig, settings, heads, num_virtual_tokens=settings.prefix_length, prefix_projection=mlp
     )
-
-
-def parameters_of(model) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
 
 
 def add_p_tuning_v2(model, settings, heads):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
 from torch import nn
 
+from fastpeft.expected import cache_of
 from fastpeft.integrations.peft_prompt_learning import PromptLearning, change_class, models_of
 from fastpeft.integrations.prefix import StackHook, check, unhook
 from fastpeft.integrations.transformers_attention import KeysValues
@@ -72,7 +73,7 @@ class _PrefixTuned(PromptLearning):
         for name in ("task_ids", "token_type_ids"):  # peft does not pass them on either
             kwargs.pop(name, None)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        if (self.training or "labels" in kwargs) and "past_key_values" not in kwargs:
+        if (self.training or "labels" in kwargs) and cache_of(kwargs) is None:
             kwargs.setdefault("use_cache", False)  # a loss needs no cache, and only without one are rows unpacked
         with self._prefix():
             return self.base_model(**kwargs)

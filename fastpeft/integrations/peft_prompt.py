@@ -21,8 +21,9 @@ from peft import (
 from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
+from fastpeft.expected import cache_of
 from fastpeft.integrations.peft_prompt_learning import PromptLearning, change_class, models_of
 
 _ENCODERS = {
@@ -142,8 +143,7 @@ class PromptTunedCausalLM(_PromptTuned, PeftModelForCausalLM):
 
     def _forward(self, **kwargs):
         """With what a call before has left in the cache, the prompt is there."""
-        past = kwargs.get("past_key_values")
-        if past is None or past.get_seq_length() == 0:
+        if _is_empty(cache_of(kwargs)):
             return super()._forward(**kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None and name != "task_ids"}
         _check_mask(kwargs)
@@ -163,20 +163,25 @@ class PromptTunedCausalLM(_PromptTuned, PeftModelForCausalLM):
             kwargs["labels"] = pad(kwargs["labels"], (self._P, 0), value=-100)
 
     def prepare_inputs_for_generation(self, *args, task_ids: Tensor | None = None, **kwargs):
-        """As peft's, which drops the positions."""
-        inputs = super().prepare_inputs_for_generation(*args, task_ids=task_ids, **kwargs)
-        positions = inputs.get("position_ids")
-        if positions is not None:
-            starts = inputs.get("inputs_embeds") is not None
-            inputs["position_ids"] = _with_prompt(positions, self._P) if starts else positions + self._P
-        return inputs
+        """What the model prepares for a step of its own text, with the prompt before it or in the cache already.
 
-    def _adjust_prompt_learning_kwargs(self, peft_config, *, kwargs, **options):
-        """What peft's own code, above, does with positions: here nothing."""
-        positions = kwargs.pop("position_ids", None)
-        super()._adjust_prompt_learning_kwargs(peft_config, kwargs=kwargs, **options)
+        peft's own version is not used: it knows neither positions nor the newer name of the cache.
+        """
+        inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
+        # What the model counts itself from the cache; and a prompt of a causal model has no token types.
+        for name in ("cache_position", "token_type_ids"):
+            inputs.pop(name, None)
+        _check_mask(kwargs)
+        if kwargs.get("attention_mask") is not None:
+            # The mask of keys, not what a static cache has made of it: the model makes it anew, prompt included.
+            inputs["attention_mask"] = pad(kwargs["attention_mask"], (self._P, 0), value=1)
+        starts, positions = _is_empty(cache_of(inputs)), inputs.get("position_ids")
         if positions is not None:
-            kwargs["position_ids"] = positions
+            inputs["position_ids"] = _with_prompt(positions, self._P) if starts else positions + self._P
+        if starts:
+            text = _text(self, inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None))
+            inputs["inputs_embeds"] = torch.cat([self.get_prompt(len(text), task_ids).to(text.dtype), text], 1)
+        return inputs
 
 
 class PromptTunedSeq2SeqLM(_PromptTuned, PeftModelForSeq2SeqLM):
@@ -245,6 +250,10 @@ _FUSED: dict[type, type] = {
     )
 }
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
+def _is_empty(cache: Cache | None) -> bool:
+    return cache is None or cache.get_seq_length() == 0
 
 
 def _text(model: PeftModel, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

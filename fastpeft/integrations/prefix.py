@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fastpeft import expected
+from fastpeft.expected import cache_name, cache_of
 from fastpeft.integrations.transformers_attention import NAME, Prefix, is_cross
 from fastpeft.nn.prefix import PrefixEncoder, shape_of_keys
 
@@ -61,6 +63,8 @@ def detach_prefix(model: PreTrainedModel) -> nn.ModuleDict:
 
 def check(model: PreTrainedModel, part: str, shape: tuple[int, int, int]) -> None:
     """Raises ValueError where `part` of the model cannot have a prefix of `shape` (layers, heads, size of a head)."""
+    if (reason := expected.why_not("prefix")) is not None:
+        raise ValueError(reason)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"a {type(model).__name__} is not a model of transformers")
     if part != "decoder" and not model.config.is_encoder_decoder:
@@ -86,6 +90,9 @@ def check(model: PreTrainedModel, part: str, shape: tuple[int, int, int]) -> Non
         raise ValueError(f"{type(stack).__name__} has not one attention a layer")
     if part == "decoder":
         _shifting(stack)
+        if model.main_input_name == "input_ids" and model.can_generate() and cache_name(stack.forward) is None:
+            raise ValueError(f"{type(stack).__name__} takes no cache under a name that is known: "
+                             "tokens already in it could not be counted")  # fmt: skip
 
 
 def _accepts(module: nn.Module, *arguments: str) -> bool:
@@ -130,6 +137,8 @@ class StackHook(ABC):
             self.shifting.register_forward_pre_hook(self.shift_positions, with_kwargs=True)
 
     def __call__(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if len(args) > 1:  # by name, so that the cache is found among them
+            args, kwargs = (), dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | kwargs
         layers, cross = self.current()
         self.shift = 0
         if layers is None and cross is None:
@@ -137,7 +146,7 @@ class StackHook(ABC):
         if stack.training and getattr(stack, "gradient_checkpointing", False) and _is_reentrant(stack):
             raise ValueError("a prefix needs gradient checkpointing with use_reentrant=False, transformers' default: "
                              "the layers share the graph of the prefix")  # fmt: skip
-        past = kwargs.get("past_key_values")
+        past = cache_of(kwargs)
         seen = 0 if past is None else past.get_seq_length()
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts on in place
         prefix = Prefix(layers, cross, self.relative_bias, seen)

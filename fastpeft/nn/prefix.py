@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastpeft.expected import cache_of
 from fastpeft.nn.adapter_files import _CONFIG, _WEIGHTS, _read, _write
 
 # Beside peft's files: the parameters of an MLP, which peft does not save.
@@ -208,7 +209,7 @@ def _keys_values_of(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     was_training = model.training
     model.eval()
     try:
-        cache = model(input_ids=tokens.to(model.device).unsqueeze(0), use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=tokens.to(model.device).unsqueeze(0), use_cache=True))
     finally:
         model.train(was_training)
     return [t[0] for layer in cache.layers for t in (layer.keys, layer.values)]

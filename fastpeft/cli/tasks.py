@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fastpeft.cli.errors import BadInput
+from fastpeft.expected import cache_name
 
 IGNORED = -100  # what PyTorch's cross entropy passes over
 
@@ -190,6 +191,14 @@ def check_task(settings, compare_steps: int) -> None:
             f"--task {settings.task.value}: {settings.method.value} moves the tokens behind virtual ones, and stock "
             "peft does not move their labels"
         )
+    if stock and settings.way.family == "prefix" and TASKS[settings.task].has_head:
+        from transformers import LlamaModel
+
+        if cache_name(LlamaModel.forward) != "past_key_values":
+            raise BadInput(
+                f"--task {settings.task.value}: stock peft cannot hand {settings.method.value} to this release of "
+                "transformers, which has another name for the cache"
+            )
 
 
 def class_names(parts: list, column: str) -> tuple[list[str], dict]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
+from fastpeft.expected import Absent, find, parameters
 from fastpeft.nn import norm_cache
 from fastpeft.reference.dora import dora_divisor
+
+
+DoraLinearLayer = find("dora", "peft.tuners.lora.dora:DoraLinearLayer")
+DoraLinearVariant = find("dora", "peft.tuners.lora.variants:DoraLinearVariant")
+dequantize_module_weight = find("dora", "peft.utils.integrations:dequantize_module_weight")
+if DoraLinearVariant is not Absent:
+    parameters("dora", DoraLinearVariant.merge_safe, "module", "active_adapter", "orig_weight")
+    parameters("dora", DoraLinearVariant.unmerge, "module", "active_adapter", "orig_weight")
 
 
 class FiniteMagnitude(DoraLinearLayer):

@@ -5,19 +5,28 @@ from __future__ import annotations
 from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import ia3
 from peft.tuners.ia3 import IA3Layer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from fastpeft.expected import attributes, find
+from fastpeft.expected import why_not as why_not_feature
 from fastpeft.integrations import bypass
 from fastpeft.nn.ia3 import ia3_forward, restore_scaled, scale_weight
 
 __all__ = ["IA3Layer", "accelerate_ia3", "restore_ia3", "why_not_ia3"]
 
 
+check_adapters_to_merge = find("ia3", "peft.tuners.tuners_utils:check_adapters_to_merge")
+
+
 def why_not_ia3(layer: IA3Layer) -> str | None:
     """Why `layer` keeps peft's forward; None where it can be fused."""
     if type(layer) not in _FUSED and not isinstance(layer, _FusedIA3):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not supported"
+    reason = why_not_feature("ia3") or attributes(
+        layer, "ia3_l", "is_feedforward", "_disable_adapters", "merged_adapters", "active_adapters"
+    )
+    if reason is not None:
+        return reason
     return bypass.why_not(layer.base_layer)
 
 

@@ -10,6 +10,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from fastpeft import expected
 from fastpeft.integrations import bypass
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
@@ -78,6 +79,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
     Returns a Report that names every adapter module, whether it is fused and if not why. Raises ValueError for a
     4-bit weight that is repacked already and, with strict=True, when no module can be fused; then nothing is changed.
     """
+    expected.warn_of_uncovered()
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     rows = []
     for name, layer in layers:
@@ -121,9 +123,13 @@ def _why_not(layer: BaseTunerLayer) -> str | None:
         return why_not_ia3(layer)
     if type(layer) not in _FUSED and not isinstance(layer, _Fused):
         return f"{type(layer).__module__}.{type(layer).__qualname__} is not supported"
-    reason = bypass.why_not(layer.base_layer)
+    reason = expected.why_not("lora") or expected.attributes(layer, *_ATTRIBUTES) or bypass.why_not(layer.base_layer)
     if reason is not None:
         return reason
+    if any(type(variant) in VARIANTS for variant in layer.lora_variant.values()):
+        reason = expected.why_not("dora")
+        if reason is not None:
+            return reason
     if layer.lora_A and not any(_is_understood(layer, name) for name in layer.lora_A):
         variants = {type(variant).__name__.removesuffix("LinearVariant") for variant in layer.lora_variant.values()}
         return f"the adapter is a variant: {', '.join(sorted(variants)) or 'lora_bias'}"
@@ -192,6 +198,11 @@ class _Fused:
         return base, lora_A, lora_B, magnitude, dropout, self.scaling[active]
 
 
+# What the fused forward reads of a LoRA layer of peft.
+_ATTRIBUTES = (
+    "lora_A", "lora_B", "lora_dropout", "lora_variant", "lora_bias", "lora_magnitude_vector", "scaling", "base_layer",
+    "_disable_adapters", "_active_adapter", "merged_adapters",
+)  # fmt: skip
 _DROPOUTS = (nn.Dropout, nn.Identity)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft import PeftModel, PeftModelForCausalLM, PeftModelForSeq2SeqLM, PeftType
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    PeftType,
+)
 from torch import nn
 
-from fastpeft.expected import cache_of
+from fastpeft.expected import attributes, cache_name, cache_of
 from fastpeft.integrations.peft_prompt_learning import PromptLearning, change_class, models_of
 from fastpeft.integrations.prefix import StackHook, check, unhook
 from fastpeft.integrations.transformers_attention import KeysValues
@@ -34,6 +43,9 @@ def accelerate_prefix(model: nn.Module) -> None:
             _Given().attach(module.base_model.get_decoder(), shift=True)
             change_class(module, _FUSED[type(module)])
         module._mend()
+    for _, module in models_of(model, _TYPES):
+        if type(module) in _RENAMED and _takes_new_name_only(module):
+            change_class(module, _RENAMED[type(module)])
 
 
 def restore_prefix(model: nn.Module) -> None:
@@ -43,11 +55,17 @@ def restore_prefix(model: nn.Module) -> None:
             module._unmend()
             unhook(module.base_model)
             change_class(module, _STOCK[type(module)])
+        elif isinstance(module, _Renamed):
+            change_class(module, _STOCK[type(module)])
 
 
 def _why_not(model: PeftModel) -> str | None:
+    if isinstance(model, _Renamed) or (type(model) in _RENAMED and _takes_new_name_only(model)):
+        return f"{_stock_of(model).__name__} is not supported; its prefix is given as the argument `cache`, which peft lacks"
     if type(model) not in _FUSED and not isinstance(model, _PrefixTuned):
         return f"{type(model).__name__} is not supported"
+    if (reason := attributes(model, "prompt_encoder", "active_adapter", "_adapters_disabled")) is not None:
+        return reason
     for config in model.peft_config.values():
         heads = config.num_attention_heads
         try:
@@ -129,5 +147,52 @@ class PrefixTunedSeq2SeqLM(_PrefixTuned, PeftModelForSeq2SeqLM):
     """peft's `PeftModelForSeq2SeqLM` with the prefix beside the keys."""
 
 
+def _stack_with_cache(model: PeftModel) -> nn.Module | None:
+    """The model itself or its backbone, whichever takes a cache."""
+    backbone = getattr(model, "transformer_backbone_name", None)
+    stacks = [model.base_model] + ([model.base_model.get_submodule(backbone)] if backbone else [])
+    return next((stack for stack in stacks if cache_name(stack.forward) is not None), None)
+
+
+def _takes_new_name_only(model: PeftModel) -> bool:
+    stack = _stack_with_cache(model)
+    return stack is not None and "past_key_values" not in inspect.signature(stack.forward).parameters
+
+
+class _Renamed:
+    """A classifier with a prefix in a cache, as in peft, which up to 0.21 looks for the older name of the argument."""
+
+    def _prefix_tuning_forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        stack, prefix = _stack_with_cache(self), self.get_prompt(len(tokens))
+        named = {cache_name(stack.forward): prefix}
+        hook = stack.register_forward_pre_hook(lambda _, args, given: (args, given | named), with_kwargs=True)
+        try:
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
+            return self.base_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        finally:
+            hook.remove()
+
+
+class RenamedSequenceClassification(_Renamed, PeftModelForSequenceClassification):
+    """peft's `PeftModelForSequenceClassification` with the cache under its newer name."""
+
+
+class RenamedTokenClassification(_Renamed, PeftModelForTokenClassification):
+    """peft's `PeftModelForTokenClassification` with the cache under its newer name."""
+
+
+class RenamedQuestionAnswering(_Renamed, PeftModelForQuestionAnswering):
+    """peft's `PeftModelForQuestionAnswering` with the cache under its newer name."""
+
+
 _FUSED: dict[type, type] = {PeftModelForCausalLM: PrefixTunedCausalLM, PeftModelForSeq2SeqLM: PrefixTunedSeq2SeqLM}
-_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+_RENAMED: dict[type, type] = {
+    renamed.__bases__[-1]: renamed
+    for renamed in (RenamedSequenceClassification, RenamedTokenClassification, RenamedQuestionAnswering)
+}
+_STOCK = {changed: stock for stock, changed in (_FUSED | _RENAMED).items()}
+
+
+def _stock_of(model: PeftModel) -> type:
+    return _STOCK.get(type(model), type(model))

@@ -18,13 +18,16 @@ from peft import (
     PromptEmbedding,
     PromptEncoder,
 )
-from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 from transformers import Cache, PreTrainedModel
 
-from fastpeft.expected import cache_of
+from fastpeft.expected import attributes, cache_of, find, why_not
 from fastpeft.integrations.peft_prompt_learning import PromptLearning, change_class, models_of
+
+MultitaskPromptEmbedding = find("prompt", "peft.tuners.multitask_prompt_tuning:MultitaskPromptEmbedding")
+# What the calls below read of a peft model.
+_ATTRIBUTES = ("prompt_tokens", "prompt_encoder", "active_adapter", "word_embeddings", "_adapters_disabled")
 
 _ENCODERS = {
     PeftType.PROMPT_TUNING: PromptEmbedding,
@@ -32,7 +35,7 @@ _ENCODERS = {
     PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptEmbedding,
 }
 # Context-aware prompts (their loss) and cartridges (a cache) have forward passes of their own in peft.
-_TYPES = (*_ENCODERS, PeftType.CPT, PeftType.CARTRIDGE)
+_TYPES = (*_ENCODERS, *(PeftType[name] for name in ("CPT", "CARTRIDGE") if name in PeftType.__members__))
 
 
 def prompt_reasons(model: nn.Module) -> dict[str, str | None]:
@@ -59,6 +62,8 @@ def restore_prompt(model: nn.Module) -> None:
 
 def _why_not(model: PeftModel) -> str | None:
     peft_type = model.active_peft_config.peft_type
+    if (reason := why_not("prompt") or attributes(model, *_ATTRIBUTES)) is not None:
+        return reason
     if peft_type not in _ENCODERS:
         return f"{peft_type.value} is not supported"
     if type(model) not in _FUSED and not isinstance(model, _PromptTuned):

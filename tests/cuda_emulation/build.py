@@ -127,7 +127,7 @@ def cuda_include_flags() -> list[str]:
     if not folders:
         raise RuntimeError(
             "the emulation of CUDA needs NVIDIA's headers: install a CUDA toolkit (nvcc on PATH or under CUDA_HOME), "
-            "or `pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl`"
+            "or `pip install cuda-toolkit[cccl,crt,cudart]`"
         )
     return [flag for folder in folders for flag in ("-isystem", str(folder))]
 

@@ -59,7 +59,7 @@ def test_an_unknown_mode_is_refused():
 def test_missing_headers_name_both_ways_to_get_them(monkeypatch):
     monkeypatch.setattr(build, "_toolkit_include", lambda: [])
     monkeypatch.setattr(build, "_packaged_include", lambda: [])
-    with pytest.raises(RuntimeError, match="CUDA toolkit .* or `pip install nvidia-cuda-runtime"):
+    with pytest.raises(RuntimeError, match="CUDA toolkit .* or `pip install cuda-toolkit"):
         build.cuda_include_flags()
 
 

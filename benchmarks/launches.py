@@ -90,7 +90,7 @@ def _lora_linear(kernels) -> Launches:
     cases = [("light", dict(light, weight="nested", M=M)) for M in (16, 512)]
     cases += [("heavy", dict(heavy, weight="nested", M=M)) for M in (16, 32, 64, 512)]
     cases += [("heavy", dict(heavy, weight="plain", M=64))]
-    cases += [("heavy", dict(odd, weight="nested", M=M, K=K)) for M, K in ((64, 1000), (512, 1000), (64, 999))]
+    cases += [("heavy", dict(odd, weight="nested", M=M, K=K)) for M, K in ((64, 1000), (512, 1000), (64, 1008))]
     cases += [("heavy", dict(heavy, weight="dense", M=M)) for M in (16, 32, 64, 512)]
     cases += [("heavy", dict(odd, weight="dense", M=64))]
     for extras, shape in cases:

@@ -109,7 +109,7 @@ class Problem:
     def __init__(self, entry: str, M: int, N: int, K: int, device: str):
         name, _, kind = entry.partition(" ")
         self.launcher = LAUNCHERS[name]
-        sizes = {"M": M, "N": N, "K": K - 1 if kind == "nf4_ragged" else K, "R": RANK}
+        sizes = {"M": M, "N": N, "K": K - 8 if kind == "nf4_ragged" else K, "R": RANK}
 
         def random(letters: str) -> Tensor:
             return torch.randn([sizes[letter] for letter in letters], device=device, dtype=torch.bfloat16)

@@ -15,7 +15,8 @@ the tensor core reads its right-hand operand from shared memory. All sums are fl
 NF4: codes come in words of eight, which stay with their thread: in its layout the eight are neighbours along K, so that
 their absmax is looked up once. They are dequantized in registers as `nf4.py` does it, by a look-up in shared memory and
 a float32 product, rounded once to x's dtype: the bits of `nf4_dequantize`. So every block size works, also blocks that
-cross rows, and any K; where K % 8 > 0 codes come one by one, at about six times the instructions.
+cross rows, and every K that words divide. Where K % 8 > 0 (`why_no_words`) codes would come one by one, at about six
+times the instructions, and Triton 3.6 does not compile that: such a weight is dequantized first.
 
 Form: tokens are the rows of the product, x W^T. It is wgmma on sm_90 from 64 tokens on, tcgen05 on sm_100, and mma.sync
 otherwise. The transposed form, W x^T, could feed a dequantized weight to wgmma from registers. Compiled (Triton 3.9,
@@ -60,20 +61,12 @@ def _unpack(words):
 
 
 @triton.jit
-def _load_codes(
-    packed, origin, row, row_inside, columns_left, COLUMNS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr
-):
+def _load_codes(packed, origin, row, row_inside, columns_left, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
     """Codes of the elements origin + row + column: int32 [len(row), COLUMNS]."""
-    if WORDS:
-        word = tl.arange(0, COLUMNS // 8)[None, :]
-        inside = None if EVEN else row_inside & (word * 8 < columns_left)
-        words = load(packed.to(tl.pointer_type(tl.int32)) + origin // 8 + (row // 8 + word), inside)
-        return _unpack(words.to(tl.uint32, bitcast=True))
-    else:
-        column = tl.arange(0, COLUMNS)[None, :]
-        element = row + column + (origin % 2).to(tl.int32)
-        bytes = load(packed + origin // 2 + element // 2, row_inside & (column < columns_left)).to(tl.int32)
-        return tl.where(element % 2 == 0, bytes >> 4, bytes & 15)
+    word = tl.arange(0, COLUMNS // 8)[None, :]
+    inside = None if EVEN else row_inside & (word * 8 < columns_left)
+    words = load(packed.to(tl.pointer_type(tl.int32)) + origin // 8 + (row // 8 + word), inside)
+    return _unpack(words.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
@@ -178,7 +171,6 @@ def lora_linear_kernel(
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
     BM: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
@@ -187,8 +179,7 @@ def lora_linear_kernel(
     """out[m, c] = sum_d x[m, d] W[c, d] + bias[c] + scale * keep[m, c] * sum_r left[m, r] right[r, c], or a part of it.
 
     Backward, that is not FORWARD: W[d, c], and `x` is dy. K = k_units * UNIT, so that the compiler knows what divides
-    K. EVEN: no tile of the weight crosses an edge, and nothing is masked. BLOCKSIZE: 0 for a dense weight. WORDS: codes
-    can be loaded by eight.
+    K. EVEN: no tile of the weight crosses an edge, and nothing is masked. BLOCKSIZE: 0 for a dense weight.
     """
     NF4: tl.constexpr = BLOCKSIZE > 0
     BN: tl.constexpr = BC if FORWARD else BD  # a tile of the weight is [BN, BK]
@@ -225,7 +216,7 @@ def lora_linear_kernel(
         k0 = d if FORWARD else c0
         origin = tl.cast(n0, tl.int64) * K + k0
         if NF4:
-            codes = _load_codes(weight, origin, row, n < N - n0, K - k0, BK, WORDS, EVEN)
+            codes = _load_codes(weight, origin, row, n < N - n0, K - k0, BK, EVEN)
             # The absmax of the next step: nested, it is two loads in a row.
             ahead = tl.minimum(d + BD, D - BD) if EVEN else d + BD
             n0 = c0 if FORWARD else ahead
@@ -248,14 +239,17 @@ def lora_linear_kernel(
 
 
 def weight_kind(weight, K):
-    """Which tiles: "dense", "nf4", or "nf4_ragged": few columns are known to share an absmax, or codes are no words."""
+    """Which tiles: "dense", "nf4", or "nf4_ragged": few columns are known to share an absmax."""
     if not isinstance(weight, tuple):
         return "dense"
-    return "nf4" if K % 32 == 0 and _has_words(weight[0], K) else "nf4_ragged"
+    return "nf4" if K % 32 == 0 else "nf4_ragged"
 
 
-def _has_words(packed, K):
-    return K % 8 == 0 and packed.data_ptr() % 4 == 0
+def why_no_words(packed, K):
+    """Why eight codes are not always a word of memory in each row, or None where they are."""
+    if K % 8:
+        return f"K = {K} is no multiple of 8, the codes of a word"
+    return "the codes do not begin at a multiple of 4 bytes" if packed.data_ptr() % 4 else None
 
 
 def _product(launcher, x, weight, left, right, strides, bias, seed, dropout_p, scale, out):
@@ -267,6 +261,8 @@ def _product(launcher, x, weight, left, right, strides, bias, seed, dropout_p, s
     check_features(N, K)
     kind = weight_kind(weight, K)
     *tensors, blocksize = weight if isinstance(weight, tuple) else (weight, None, None, None, None, 0)
+    if blocksize > 0 and (reason := why_no_words(tensors[0], K)):
+        raise ValueError(f"{launcher}: {reason}")
     tile = tile_of(f"{launcher} {kind}", M)
     unit = math.gcd(K, 128)
     launch(
@@ -292,7 +288,6 @@ def _product(launcher, x, weight, left, right, strides, bias, seed, dropout_p, s
         UNIT=unit,
         EVEN=C % tile.columns == 0 and D % tile.depth == 0 and D > 0,
         BLOCKSIZE=blocksize,
-        WORDS=blocksize > 0 and _has_words(tensors[0], K),
         BM=tile.rows,
         BC=tile.columns,
         BD=tile.depth,
@@ -305,7 +300,8 @@ def lora_linear_fwd(x, weight, xa, B, bias, scale, y):
 
     x: [M, K] bf16|fp16. weight: [N, K] of that dtype, or a tuple (packed, absmax, absmax_code, absmax_scale,
     absmax_offset, blocksize), see `nf4_dequantize`. xa: [M, R] and bias: [N] or None, of that dtype. B: [N, R], of that
-    dtype or float32, then rounded to it. scale: a number. y: [M, N]. Raises ValueError where N or K exceeds 2**22.
+    dtype or float32, then rounded to it. scale: a number. y: [M, N]. Raises ValueError where N or K exceeds 2**22, and
+    for a tuple where `why_no_words` has a reason.
     """
     _product("lora_linear_fwd", x, weight, xa, B, (1, B.shape[1]), bias, None, 0.0, scale, y)
 

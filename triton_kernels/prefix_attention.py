@@ -167,10 +167,14 @@ def prefix_attention_fwd_kernel(
         acc = tl.zeros([BM, BD], tl.float32)
 
     slots = hkv * P * D
-    slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents, halvings)
+    first_slot = 0
+    slot = None
+    if window is not None:
+        slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents, halvings)
+        first_slot = tl.min(slot)
     acc, total, largest = _take_in(
         acc, total, largest, q_tile, prefix_k + slots, prefix_v + slots, D, D, P,
-        0 if slot is None else tl.min(slot), P, slot, None, None, scale, softcap, True, D, BN,
+        first_slot, P, slot, None, None, scale, softcap, True, D, BN,
     )  # fmt: skip
 
     if k is not None:

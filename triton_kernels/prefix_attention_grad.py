@@ -149,10 +149,14 @@ def prefix_attention_dq_kernel(
     l_tile = _load_lse(lse + rows, row, S)
 
     slots = hkv * P * D
-    slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents, halvings)
+    first_slot = 0
+    slot = None
+    if window is not None:
+        slot = first_slot_of(seen, S, T, P, window, cu_seqlens, documents, halvings)
+        first_slot = tl.min(slot)
     acc = _add_dq(
         tl.zeros([BM, BD], tl.float32), q_tile, do_tile, l_tile, d_tile, prefix_k + slots, prefix_v + slots, D, D, P,
-        0 if slot is None else tl.min(slot), P, slot, None, None, scale, softcap, True, D, BN,
+        first_slot, P, slot, None, None, scale, softcap, True, D, BN,
     )  # fmt: skip
 
     dq += b * stride_dqb + h * stride_dqh

@@ -70,15 +70,15 @@ def rows_of(key, S, T, window, cu_seqlens, documents, halvings, CAUSAL: tl.const
 
 @triton.jit
 def first_slot_of(row, S, T, P, window, cu_seqlens, documents, halvings):
-    """The first slot of the prefix that each row sees, which sees all that follow: int32 [len(row)]; None: all."""
-    if window is None:
-        return None
-    else:
-        position = row + (P + T - S)
-        if cu_seqlens is not None:
-            begin, _ = _documents_of(row, cu_seqlens, documents, halvings)
-            position -= begin
-        return tl.maximum(position + 1 - window, 0)
+    """The first slot of the prefix that each row sees, which sees all that follow: int32 [len(row)].
+
+    For a window only: Triton 3.6 compiles no function that returns None.
+    """
+    position = row + (P + T - S)
+    if cu_seqlens is not None:
+        begin, _ = _documents_of(row, cu_seqlens, documents, halvings)
+        position -= begin
+    return tl.maximum(position + 1 - window, 0)
 
 
 @triton.jit

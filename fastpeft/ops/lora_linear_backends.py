@@ -332,7 +332,11 @@ class Triton(_Kernels):
 
     @classmethod
     def _fuses(cls, x: Tensor, weight: Tensor | NF4Weight) -> bool:
+        """Whether one kernel makes the big product and the update. Not of a 4-bit weight whose rows are no whole words:
+        its codes would come one by one, and Triton 3.6 does not compile that."""
         if type(weight) is NF4Weight:
+            if _triton().why_no_words(weight.packed, weight.shape[1]):
+                return False
             return 0 < x.shape[0] <= cls.FUSED_TOKENS["nf4"] and x.shape[1] > 0
         return 0 < x.shape[0] <= cls.FUSED_TOKENS["dense"] and weight.is_contiguous() and x.shape[1] > 0
 

@@ -1,5 +1,7 @@
 """lora_linear: outputs and gradients against float64, and what autograd, compile and checkpointing ask of an op."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -87,6 +89,14 @@ def test_parity_over_ranks(backend, R, weight):
 def test_parity_over_4bit_storage(backend, K, N, nested, blocksize):
     storage = dict(nested=nested, blocksize=blocksize, device=backend.device)
     check(problem((17, K), N, 4, BF16, FP32, "nf4", **storage), backend)
+
+
+@BACKENDS
+def test_parity_over_codes_that_are_no_words(backend):
+    """Codes that begin at an odd byte: no kernel that reads them by words may take them."""
+    x, weight, *rest = problem((17, 72), 9, 4, BF16, FP32, "nf4", device=backend.device)
+    packed = torch.cat([weight.packed.new_zeros(1), weight.packed])[1:]
+    check((x, replace(weight, packed=packed), *rest), backend)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def moved(tensor, by):
 
 
 def nf4(N, K, blocksize, nested, by, device):
-    """The storage as launchers take it, of random codes."""
+    """The storage as launchers take it, of random codes, which begin at a word."""
     blocks = -(-N * K // blocksize)
     packed = torch.randint(256, (-(-N * K // 2),), dtype=torch.uint8)
     storage = [packed, torch.rand(blocks) / K**0.5, None, None, None]
@@ -50,7 +50,9 @@ def nf4(N, K, blocksize, nested, by, device):
         scales = torch.rand(-(-blocks // formula.ABSMAX_BLOCKSIZE)) / K**0.5
         code, offset = formula.absmax_code(torch.device("cpu")), torch.rand(()) / K**0.5
         storage[1:] = torch.randint(256, (blocks,), dtype=torch.uint8), code, scales, offset
-    return (*(None if t is None else moved(t, by).to(device) for t in storage), blocksize)
+    offsets = (4 * by, by, by, by, by)
+    moved_storage = (None if t is None else moved(t, n).to(device) for t, n in zip(storage, offsets, strict=True))
+    return (*moved_storage, blocksize)
 
 
 def absmax_of(weight):
@@ -132,11 +134,23 @@ def test_ranks(backend, R):
 
 
 @pytest.mark.parametrize("by", (0, 1, 4))
-@pytest.mark.parametrize("K,N", [(1, 1), (7, 130), (99, 3), (136, 64)])
+@pytest.mark.parametrize("K,N,blocksize", [(1, 1, 0), (7, 130, 0), (99, 3, 0), (8, 1, 32), (104, 3, 32), (136, 64, 32)])
 @TRITON
-def test_features_and_addresses(backend, K, N, by):
+def test_features_and_addresses(backend, K, N, blocksize, by):
     """K that is no multiple of 8 or 64, odd N, and tensors that begin anywhere."""
-    check(backend.device, 3, N, K, 4, FP16, FP16, blocksize=32, nested=True, bias=True, by=by)
+    check(backend.device, 3, N, K, 4, FP16, FP16, blocksize=blocksize, nested=True, bias=True, by=by)
+
+
+def test_codes_that_are_no_words_are_refused():
+    x, dy, xa = torch.zeros(1, 12, dtype=BF16), torch.zeros(1, 3, dtype=BF16), torch.zeros(1, 2, dtype=BF16)
+    weight = nf4(3, 12, 64, False, 0, "cpu")
+    with pytest.raises(ValueError, match="lora_linear_fwd: K = 12 is no multiple of 8"):
+        kernels.lora_linear_fwd(x, weight, xa, xa.new_zeros(3, 2), None, 1.0, dy)
+    with pytest.raises(ValueError, match="lora_linear_dx: K = 12 is no multiple of 8"):
+        kernels.lora_linear_dx(dy, weight, xa, xa.new_zeros(2, 12), 1.0, None, 0.0, x)
+    packed, *rest = nf4(3, 8, 64, False, 0, "cpu")
+    with pytest.raises(ValueError, match="do not begin at a multiple of 4 bytes"):
+        kernels.lora_linear_fwd(x[:, :8], (moved(packed, 1), *rest), xa, xa.new_zeros(3, 2), None, 1.0, dy)
 
 
 @pytest.mark.parametrize("blocksize", (0, 256))
@@ -163,7 +177,7 @@ def test_shared_sums(backend, blocksize, monkeypatch):
 @TRITON
 def test_the_weight_is_that_of_dequantize_bit_for_bit(backend, blocksize, dtype, nested):
     """The product with the unit matrix; blocks cross rows, and tiles their edges."""
-    for N, K, by in ((70, 64, 0), (33, 136, 0), (40, 72, 2), (7, 35, 0)):
+    for N, K, by in ((70, 64, 0), (33, 136, 0), (40, 72, 2), (7, 40, 0)):
         weight = nf4(N, K, blocksize, nested, by, backend.device)
         expected = dense(weight, N, K, dtype)
         none = torch.empty(0, dtype=dtype, device=backend.device)

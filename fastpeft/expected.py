@@ -60,7 +60,7 @@ def why_not(feature: str) -> str | None:
 
 
 def attributes(thing: object, *names: str) -> str | None:
-    """Why `thing`, of another package, is not what fastpeft expects: an attribute that it lacks. None where it has all."""
+    """Why `thing`, an object of another package, is not what fastpeft expects: what it lacks. None where it has all."""
     lacking = [name for name in names if not hasattr(thing, name)]
     cls = type(thing)
     return f"{_release(cls.__module__)}: a {cls.__name__} has no {', '.join(lacking)}" if lacking else None

@@ -107,8 +107,8 @@ def loss_and_gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.T
 
 @torch.no_grad()
 def recomputed(model: nn.Module, ids: torch.Tensor, steps: int, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy decoding without a cache: (tokens with those given, scores [steps, B, V]). Every step is a forward pass over
-    all tokens, so it is what `generate` must give, whatever name or form a cache has.
+    """Greedy decoding without a cache: (tokens with those given, scores [steps, B, V]). Every step is a forward pass
+    over all tokens, so it is what `generate` must give, whatever name or form a cache has.
 
     For an encoder-decoder `ids` are the decoder's, and `arguments` hold what the encoder reads. The end of the text is
     ruled out, as by `generate(min_new_tokens=steps)`.

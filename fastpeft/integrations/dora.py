@@ -9,7 +9,6 @@ from fastpeft.expected import Absent, find, parameters
 from fastpeft.nn import norm_cache
 from fastpeft.reference.dora import dora_divisor
 
-
 DoraLinearLayer = find("dora", "peft.tuners.lora.dora:DoraLinearLayer")
 DoraLinearVariant = find("dora", "peft.tuners.lora.variants:DoraLinearVariant")
 dequantize_module_weight = find("dora", "peft.utils.integrations:dequantize_module_weight")

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fastpeft import expected
+from fastpeft.cpu import advise_float32
 from fastpeft.integrations import bypass
 from fastpeft.integrations.bitsandbytes import close_cpu_trap, reopen_cpu_trap
 from fastpeft.integrations.dora import MAGNITUDES, VARIANTS, make_finite, restore_stock
@@ -89,6 +90,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, fold: bool = False) ->
         rows.append(Row(name, "fused") if reason is None else Row(name, "peft", reason))
     if strict and not Report(rows).fused:
         raise ValueError(f"no adapter module of this model can be fused\n{Report(rows)}")
+    advise_float32(model)
     close_cpu_trap(model)
     loss = fuse_loss(model)
     accelerate_prefix(model)

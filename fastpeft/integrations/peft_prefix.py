@@ -61,7 +61,8 @@ def restore_prefix(model: nn.Module) -> None:
 
 def _why_not(model: PeftModel) -> str | None:
     if isinstance(model, _Renamed) or (type(model) in _RENAMED and _takes_new_name_only(model)):
-        return f"{_stock_of(model).__name__} is not supported; its prefix is given as the argument `cache`, which peft lacks"
+        stock = _STOCK.get(type(model), type(model)).__name__
+        return f"{stock} is not supported; its prefix is given as the argument `cache`, which peft does not know"
     if type(model) not in _FUSED and not isinstance(model, _PrefixTuned):
         return f"{type(model).__name__} is not supported"
     if (reason := attributes(model, "prompt_encoder", "active_adapter", "_adapters_disabled")) is not None:
@@ -192,7 +193,3 @@ _RENAMED: dict[type, type] = {
     for renamed in (RenamedSequenceClassification, RenamedTokenClassification, RenamedQuestionAnswering)
 }
 _STOCK = {changed: stock for stock, changed in (_FUSED | _RENAMED).items()}
-
-
-def _stock_of(model: PeftModel) -> type:
-    return _STOCK.get(type(model), type(model))

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 from fastpeft.expected import find, parameters, why_not
 from fastpeft.ops import cross_entropy
 
-
 LOSS_MAPPING = find("loss", "transformers.loss.loss_utils:LOSS_MAPPING")
 ForCausalLMLoss = find("loss", "transformers.loss.loss_utils:ForCausalLMLoss")
 parameters(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastpeft import _native
 from fastpeft import backend as backends
 from fastpeft.backend import Row
+from fastpeft.ops.products import addmm, linear, mm
 from fastpeft.reference.bottleneck import ACTIVATIONS
 
 MOST_RANKS = 256  # the Triton kernel keeps all of a token's in registers
@@ -69,15 +69,15 @@ class Eager:
         dtype = dy.dtype
         dx = ddown = dup = ddown_bias = dup_bias = None
         if need_x or need_down or need_down_bias:
-            dpre = _activation_backward(torch.mm(dy, up.to(dtype)).mul_(scaling), pre, activation)
+            dpre = _activation_backward(mm(dy, up.to(dtype)).mul_(scaling), pre, activation)
         if need_x:
-            dx = torch.addmm(dy, dpre, down.to(dtype)) if adds_x else torch.mm(dpre, down.to(dtype))
+            dx = addmm(dy, dpre, down.to(dtype)) if adds_x else mm(dpre, down.to(dtype))
         if need_down:
-            ddown = torch.mm(dpre.t(), x).to(down.dtype)
+            ddown = mm(dpre.t(), x).to(down.dtype)
         if need_up:
             # a^T dy is the faster order on a CPU; the small result is transposed while it is cast.
             dup = torch.empty_like(up, memory_format=torch.contiguous_format)
-            dup.copy_(torch.mm(ACTIVATIONS[activation](pre).t(), dy).t()).mul_(scaling)
+            dup.copy_(mm(ACTIVATIONS[activation](pre).t(), dy).t()).mul_(scaling)
         if need_down_bias:
             ddown_bias = dpre.sum(0, dtype=_wide(down_bias)).to(down_bias.dtype)
         if need_up_bias:

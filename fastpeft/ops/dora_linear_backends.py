@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastpeft import _native
 from fastpeft.ops import lora_linear_backends as lora
 from fastpeft.ops.columns import scale_columns, scale_columns_backward
 from fastpeft.ops.nf4 import nf4_merge
+from fastpeft.ops.products import addmm_, linear, mm
 from fastpeft.quant import NF4Weight
 from fastpeft.reference.dropout import keep_mask
 
@@ -38,7 +38,7 @@ class Eager:
         z, xa = lora.Eager.forward(x, weight, A, B, None, scaling, 0.0, None, True)
         if y is None:
             return scale_columns(z, gain, bias), z, xa
-        y.addmm_(xa, B.to(x.dtype).t(), alpha=scaling / (1 - p))
+        addmm_(y, xa, B.to(x.dtype).t(), alpha=scaling / (1 - p))
         return y.add_(scale_columns(z, (gain - 1) / (1 - p))), z, xa
 
     @staticmethod
@@ -55,10 +55,10 @@ class Eager:
         if p > 0:
             # y holds (x - xk / (1 - p)) W^T too: x itself where it was dropped, elsewhere -p / (1 - p) * x.
             if need_x:
-                dx_rest = torch.mm(dy, dense)
+                dx_rest = mm(dy, dense)
                 dx = torch.where(keep, dx.sub_(dx_rest, alpha=p / (1 - p)), dx_rest)
             if need_weight:
-                dweight += torch.mm(dy.t(), torch.sub(x, kept_x, alpha=1 / (1 - p)))
+                dweight += mm(dy.t(), torch.sub(x, kept_x, alpha=1 / (1 - p)))
         dgain = sums / (1 - p) if need_gain else None
         return [dx, dweight, dA, dB, dgain, _bias_gradient(dy, bias) if need_bias else None]
 
@@ -112,15 +112,15 @@ class _Kernels:
             return cls.lora.dx(*cls.scaled(dy, weight, gain), u, A, scale, 0.0, None)
         weight = lora.dense(weight, dy.dtype, cls.name)
         dx = cls.lora.dx(dy, weight, u, A, scale, p, seed)
-        through_z = torch.mm(*cls.scaled(dy, weight, (gain - 1) / (1 - p)))
+        through_z = mm(*cls.scaled(dy, weight, (gain - 1) / (1 - p)))
         return cls.add(dx, through_z, None, dx, p, seed)
 
     @classmethod
     def dweight(cls, dy, x, gain, p, seed) -> Tensor:
         if p == 0:
-            return gain.unsqueeze(1) * torch.mm(dy.t(), x)
+            return gain.unsqueeze(1) * mm(dy.t(), x)
         kept_x = cls.add(torch.empty_like(x), x, None, None, p, seed)
-        return torch.mm(dy.t(), x) + ((gain - 1) / (1 - p)).unsqueeze(1) * torch.mm(dy.t(), kept_x)
+        return mm(dy.t(), x) + ((gain - 1) / (1 - p)).unsqueeze(1) * mm(dy.t(), kept_x)
 
     @classmethod
     def scaled(cls, dy, weight, gain) -> tuple[Tensor, Tensor | NF4Weight]:

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from fastpeft import _native
 from fastpeft import backend as backends
@@ -16,6 +15,7 @@ from fastpeft.backend import Row
 from fastpeft.ops.columns import scale_columns, scale_columns_backward
 from fastpeft.ops.lora_linear import _FLOATS, _WEIGHT, _as_matrix, _describe, _flatten, _unflatten, autocast_dtype
 from fastpeft.ops.lora_linear_backends import dense
+from fastpeft.ops.products import linear, mm
 from fastpeft.quant import NF4Weight
 from fastpeft.reference.ia3 import ia3_linear as _reference
 
@@ -153,17 +153,17 @@ def _backward(dy, x, product, weight, ia3_l, bias, feedforward, runner, needs) -
     dx = dweight = dl = dbias = None
     if feedforward:
         if need_x or need_l:
-            dscaled = torch.mm(dy, dense(weight, dy.dtype))
+            dscaled = mm(dy, dense(weight, dy.dtype))
             dx, dl = runner.scale_backward(dscaled, x if need_l else None, gain, need_x)
         if need_weight:
-            dweight = torch.mm(dy.t(), runner.scale(x, gain))
+            dweight = mm(dy.t(), runner.scale(x, gain))
     else:
         need_product = need_x or need_weight
         dproduct, dl = runner.scale_backward(dy, product if need_l else None, gain, need_product)
         if need_x:
-            dx = torch.mm(dproduct, dense(weight, dy.dtype))
+            dx = mm(dproduct, dense(weight, dy.dtype))
         if need_weight:
-            dweight = torch.mm(dproduct.t(), x)
+            dweight = mm(dproduct.t(), x)
     if need_weight:
         dweight = dweight.to(weight.dtype)
     if need_l:

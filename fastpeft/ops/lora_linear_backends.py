@@ -15,12 +15,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastpeft import _native
 from fastpeft import backend as backends
 from fastpeft.backend import Row
 from fastpeft.ops.nf4 import nf4_merge
+from fastpeft.ops.products import addmm, addmm_, linear, mm
 from fastpeft.quant import NF4Weight, native_dtype, native_storage
 from fastpeft.reference.dropout import keep_mask
 
@@ -69,7 +69,7 @@ def choose(
 
 
 def _weight_and_bias_gradients(dy, x, weight, bias, needs) -> tuple[Tensor | None, Tensor | None]:
-    dweight = torch.mm(dy.t(), x).to(weight.dtype) if needs[1] else None
+    dweight = mm(dy.t(), x).to(weight.dtype) if needs[1] else None
     if not needs[4]:
         return dweight, None
     return dweight, dy.sum(0, dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
@@ -85,7 +85,7 @@ class Eager:
         if dropout_p > 0:
             x = x * keep_mask(seed, *x.shape, dropout_p)
         xa = linear(x, A.to(dtype))
-        y.addmm_(xa, B.to(dtype).t(), alpha=scale)
+        addmm_(y, xa, B.to(dtype).t(), alpha=scale)
         return y, xa
 
     @staticmethod
@@ -96,19 +96,19 @@ class Eager:
         dx = dA = dB = None
         keep = keep_mask(seed, dy.shape[0], A.shape[1], dropout_p) if dropout_p > 0 and (need_x or need_A) else None
         if need_x or need_A:
-            u = torch.mm(dy, B.to(dtype))  # [M, R]; the scale follows in dx and dA
+            u = mm(dy, B.to(dtype))  # [M, R]; the scale follows in dx and dA
         if need_x:
-            dx = torch.mm(dy, dense(weight, dtype))
+            dx = mm(dy, dense(weight, dtype))
             if keep is None:
-                dx.addmm_(u, A.to(dtype), alpha=scale)
+                addmm_(dx, u, A.to(dtype), alpha=scale)
             else:
-                dx.addcmul_(torch.mm(u, A.to(dtype)), keep.to(dtype), value=scale)
+                dx.addcmul_(mm(u, A.to(dtype)), keep.to(dtype), value=scale)
         if need_A:
-            dA = torch.mm(u.t(), x if keep is None else x * keep).to(A.dtype).mul_(scale)
+            dA = mm(u.t(), x if keep is None else x * keep).to(A.dtype).mul_(scale)
         if need_B:
             # xa^T dy is the faster order on a CPU; the small result is transposed while it is cast.
             dB = torch.empty_like(B, memory_format=torch.contiguous_format)
-            dB.copy_(torch.mm(xa.t(), dy).t()).mul_(scale)
+            dB.copy_(mm(xa.t(), dy).t()).mul_(scale)
         dweight, dbias = _weight_and_bias_gradients(dy, x, weight, bias, needs)
         return [dx, dweight, dA, dB, dbias]
 
@@ -167,7 +167,7 @@ class Cuda(_Kernels):
 
     @classmethod
     def dx(cls, dy, weight, u, A, scale, dropout_p, seed) -> Tensor:
-        dx = torch.mm(dy, dense(weight, dy.dtype, "cuda"))
+        dx = mm(dy, dense(weight, dy.dtype, "cuda"))
         return cls.add(dx, u, A, True, scale, dropout_p, seed)
 
     @staticmethod
@@ -294,7 +294,7 @@ class Triton(_Kernels):
     def base(cls, x, weight, bias, xa, B, scale) -> Tensor:
         if not cls._fuses(x, weight):
             y = linear(x, dense(weight, x.dtype, "triton"), bias)
-            return y.addmm_(xa, B.to(x.dtype).t(), alpha=scale)
+            return addmm_(y, xa, B.to(x.dtype).t(), alpha=scale)
         y = x.new_empty(x.shape[0], B.shape[0])
         with _native.stream_on(x.device):
             _triton().lora_linear_fwd(x, storage(weight, x.dtype), xa, B.contiguous(), bias, scale, y)
@@ -307,11 +307,11 @@ class Triton(_Kernels):
             with _native.stream_on(dy.device):
                 _triton().lora_linear_dx(dy, storage(weight, dy.dtype), u, A.contiguous(), scale, seed, dropout_p, dx)
             return dx
-        dx = torch.mm(dy, dense(weight, dy.dtype, "triton"))
+        dx = mm(dy, dense(weight, dy.dtype, "triton"))
         if dropout_p == 0:
-            return dx.addmm_(u, A.to(dy.dtype), alpha=scale)
+            return addmm_(dx, u, A.to(dy.dtype), alpha=scale)
         keep = keep_mask(seed, *dx.shape, dropout_p).to(dy.dtype)
-        return dx.addcmul_(torch.mm(u, A.to(dy.dtype)), keep, value=scale)
+        return dx.addcmul_(mm(u, A.to(dy.dtype)), keep, value=scale)
 
     @staticmethod
     def up_grad(dy, B, xa, scale, need_u, need_dB) -> tuple[Tensor | None, Tensor | None]:
@@ -373,14 +373,14 @@ class Folded:
         needs_of_others = (False, *needs[1:])
         grads = self.runner.backward(dy, x, xa, weight, A, B, bias, scale, dropout_p, seed, needs_of_others)
         if needs[0]:
-            grads[0] = torch.mm(dy, _folded(weight, A, B, scale, dy.dtype))
+            grads[0] = mm(dy, _folded(weight, A, B, scale, dy.dtype))
         return grads
 
 
 def _folded(weight: Tensor | NF4Weight, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if type(weight) is NF4Weight:
         return nf4_merge(weight, A, B, scale, dtype=dtype)
-    return torch.addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=scale)
+    return addmm(weight.to(dtype), B.to(dtype), A.to(dtype), alpha=scale)
 
 
 RUNNERS = {"cuda": Cuda, "triton": Triton, "eager": Eager}

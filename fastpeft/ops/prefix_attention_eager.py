@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpeft.cpu import multiplies_natively
+
 aten = torch.ops.aten
 
 # Elements of the scores of one block. On a CPU half a mebibyte of float32 for each thread, half of a common
@@ -108,11 +110,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _product_dtype(t: Tensor) -> torch.dtype:
     """In which dtype rounded operands are multiplied: t's, or float32 where a CPU has no instruction for it."""
-    lacks = t.device.type == "cpu" and (
-        (t.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        or (t.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    )
-    return torch.float32 if lacks else t.dtype
+    return torch.float32 if t.device.type == "cpu" and not multiplies_natively(t.dtype) else t.dtype
 
 
 # Blocks. Columns are counted over [prefix; keys]: the query of row i stands at column P + T - S + i. The G heads that

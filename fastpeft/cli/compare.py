@@ -19,6 +19,7 @@ from fastpeft.cli.errors import BadInput
 from fastpeft.cli.finetune import (
     BottleneckOption,
     DataOption,
+    DtypeOption,
     GradientCheckpointingOption,
     ModelOption,
     OptimizerOption,
@@ -60,6 +61,7 @@ def command(
     seed: SeedOption = Settings.seed,
     optimizer: OptimizerOption = Settings.optimizer,
     gradient_checkpointing: GradientCheckpointingOption = Settings.gradient_checkpointing,
+    dtype: DtypeOption = Settings.dtype,
     timed_steps: Annotated[
         int, typer.Option(min=1, help="Timed with stock peft and accelerated, and so many answers; after training.")
     ] = 3,
@@ -83,6 +85,7 @@ def command(
         "seed": seed,
         "optimizer": optimizer,
         "gradient_checkpointing": gradient_checkpointing,
+        "dtype": dtype,
     }
     chosen = parse_methods(methods)
     check_options(chosen, [name for name in options if finetune.is_given(context, name)])

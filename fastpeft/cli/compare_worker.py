@@ -14,6 +14,7 @@ from pathlib import Path
 from fastpeft.cli.errors import BadInput, one_line
 from fastpeft.cli.finetune import Settings, finetune
 from fastpeft.cli.methods import Method
+from fastpeft.cli.models import Dtype
 from fastpeft.cli.recommend import Quantize
 from fastpeft.cli.tasks import TaskName
 
@@ -33,6 +34,7 @@ class Job:
         settings = job["settings"]
         settings["method"] = Method(settings["method"])
         settings["quantize"] = settings["quantize"] and Quantize(settings["quantize"])
+        settings["dtype"] = Dtype(settings["dtype"])
         settings["task"] = TaskName(settings["task"])
         return cls(Settings(**settings), Path(job["path"]), job["timed_steps"])
 

@@ -1,7 +1,7 @@
 """`fastpeft finetune`: from a model and a file of text to an adapter, its metrics and its loss curve."""
 
 import importlib.util
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ import typer
 from fastpeft.cli import data, methods, tasks
 from fastpeft.cli.errors import BadInput
 from fastpeft.cli.methods import OPTIONS, WAYS, Method, Way
+from fastpeft.cli.models import Dtype
 from fastpeft.cli.output import Output
 from fastpeft.cli.recommend import Quantize
 from fastpeft.cli.tasks import TaskName
@@ -39,6 +40,7 @@ class Settings:
     gradient_checkpointing: bool = False
     accelerate: bool = True
     task: TaskName = TaskName.causal_lm
+    dtype: Dtype = Dtype.auto
 
     def __post_init__(self) -> None:
         if self.lr is None:
@@ -60,6 +62,9 @@ DataOption = Annotated[
 ]
 PrefixLengthOption = Annotated[int, typer.Option(min=1, help="Virtual tokens of a prefix, prompt or P-tuning.")]
 BottleneckOption = Annotated[int, typer.Option(min=1, help="Features inside an adapter.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of the products; auto: bf16 where the device has instructions for it, else fp32.")
+]
 SeedOption = Annotated[int, typer.Option(min=0)]
 OptimizerOption = Annotated[
     str | None, typer.Option(help="Any of transformers; by default paged 8-bit AdamW on CUDA, AdamW elsewhere.")
@@ -105,6 +110,7 @@ def command(
     seed: SeedOption = Settings.seed,
     optimizer: OptimizerOption = Settings.optimizer,
     gradient_checkpointing: GradientCheckpointingOption = Settings.gradient_checkpointing,
+    dtype: DtypeOption = Settings.dtype,
     no_accelerate: Annotated[bool, typer.Option("--no-accelerate", help="Stock peft.")] = False,
     compare_steps: Annotated[
         int, typer.Option(min=0, help="Then time so many steps with stock peft and accelerated.")
@@ -135,6 +141,7 @@ def command(
         optimizer=optimizer,
         gradient_checkpointing=gradient_checkpointing,
         accelerate=not no_accelerate,
+        dtype=dtype,
     )
     finetune(settings, output, compare_steps=compare_steps, resume=resume, overwrite=overwrite)
 
@@ -170,6 +177,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
+def how_to_go_on(output: Output) -> str:
+    """After Ctrl-C."""
+    if not output.whole_checkpoints():
+        return "nothing was saved yet"
+    return f"saved up to step {max(output.whole_checkpoints())}; the same command with --resume goes on from there"
+
+
 def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: bool = False, overwrite: bool = False):
     """Returns the metrics, and writes them with the adapter into `path`. Raises BadInput before anything is written."""
     check_packages(settings)
@@ -177,6 +191,8 @@ def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: 
     tasks.check_task(settings, compare_steps)
     data.check_source(settings.data)
     output = Output(path)
+    if resume and settings.dtype == Dtype.auto:  # a machine without bf16 may go on with what one with it has begun
+        settings = replace(settings, dtype=Dtype(output.kept("dtype") or Dtype.auto))
     output.check(asdict(settings), resume=resume, overwrite=overwrite)
     quiet()
 
@@ -192,11 +208,13 @@ def finetune(settings: Settings, path: Path, *, compare_steps: int = 0, resume: 
     run = Run(settings, output, processes, console)
     run.prepare()
     if processes.is_main_process:
-        output.begin(asdict(settings), resume=resume)
+        output.begin(asdict(run.settings), resume=resume)
     processes.wait_for_everyone()
     try:
         return run.train(compare_steps)
-    except BaseException:  # Ctrl-C too
+    except BaseException as error:  # Ctrl-C too
         if processes.is_main_process:
             output.abandon()
+            if isinstance(error, KeyboardInterrupt):
+                console.print(how_to_go_on(output), markup=False, soft_wrap=True)
         raise

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import tempfile
+from enum import Enum
 from pathlib import Path
 
 from fastpeft.cli.errors import BadInput, one_line
@@ -157,13 +158,41 @@ def load_tokenizer(source: str, name: str, task: str = "causal-lm"):
     return tokenizer
 
 
-def compute_dtype(device):
-    """bfloat16, except on GPUs from before 2020, which have only float16."""
+class Dtype(str, Enum):
+    """The type that products are computed in."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+def torch_dtype(dtype: Dtype):
     import torch
 
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    return {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}[dtype]
+
+
+def choose_dtype(asked: Dtype, device_type: str) -> tuple[Dtype, str]:
+    """The type to compute in and why; `asked` itself unless it is auto. device_type: cuda, cpu or another of torch's.
+
+    Raises BadInput for fp16 on a CPU: training needs its gradients scaled, which torch does on GPUs only.
+    """
+    import torch
+
+    from fastpeft.cpu import multiplies_natively
+
+    if asked == Dtype.fp16 and device_type == "cpu":
+        raise BadInput("--dtype: fp16 cannot be trained on a CPU; take bf16 or fp32")
+    if asked != Dtype.auto:
+        return asked, "as asked for"
+    if device_type == "cpu":
+        if multiplies_natively(torch.bfloat16):
+            return Dtype.bf16, "this CPU has instructions for it"
+        return Dtype.fp32, "this CPU has no instructions for bf16"
+    if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Dtype.fp16, "this GPU has no instructions for bf16"  # GPUs from before 2020
+    return Dtype.bf16, "the device has instructions for it"
 
 
 def nf4(dtype, keep: list[str] | None = None):
@@ -188,11 +217,11 @@ def trained_in_full(auto, config) -> list[str]:
 
 
 def load_base(source: str, name: str, config, *, four_bit: bool, device, dtype=None, task: str = "causal-lm"):
-    """Returns the model and the names of modules that the checkpoint has no weights for. dtype: of the weights; by
-    default that of the products."""
+    """Returns the model and the names of modules that the checkpoint has no weights for. dtype: of the weights, and of
+    the products over 4 bits; None for what suits the device."""
     import transformers
 
-    dtype = dtype or compute_dtype(device)
+    dtype = dtype or torch_dtype(choose_dtype(Dtype.auto, device.type)[0])
     auto, has_head = getattr(transformers, TASKS[task].auto), TASKS[task].has_head
     placement = {}
     if four_bit:

@@ -50,6 +50,10 @@ class Output:
         if not os.access(place, os.W_OK):
             raise BadInput(f"--output: cannot write into {place}")
 
+    def kept(self, key: str):
+        """A setting of the run that was interrupted; None without one."""
+        return json.loads(self.settings.read_text()).get(key) if self.settings.exists() else None
+
     def check_same(self, settings: dict) -> None:
         before = json.loads(self.settings.read_text())
         for key, value in settings.items():

@@ -1,7 +1,9 @@
 """One progress bar for the whole run, and the clock of the optimizer steps."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -10,9 +12,56 @@ from transformers import TrainerCallback
 listener: Callable[[dict], None] | None = None
 
 
+SECONDS_BETWEEN_LINES = 15  # where nobody sees a bar move
+
+
+class Lines(Progress):
+    """rich's bars on a terminal; in a file or a pipe a plain line for each task that goes on, every so many seconds."""
+
+    def start(self) -> None:
+        if self.console.is_terminal:
+            super().start()
+        elif not self.console.quiet:
+            self.ended = threading.Event()
+            threading.Thread(target=self.write, daemon=True).start()
+
+    def stop(self) -> None:
+        if self.console.is_terminal:
+            super().stop()
+        elif hasattr(self, "ended"):
+            self.ended.set()
+
+    def write(self) -> None:
+        while not self.ended.wait(SECONDS_BETWEEN_LINES):
+            for task in self.tasks:
+                if not task.finished:
+                    self.console.print(line(task), markup=False, highlight=False, soft_wrap=True)
+
+
+def line(task) -> str:
+    """`training: step 3 of 60, loss 3.071, 170 tokens/s, 5:12 left`, of a task of rich, without what is not known."""
+    parts = [f"{task.elapsed or 0:.0f} s"] if task.total is None else [f"step {task.completed:.0f} of {task.total:.0f}"]
+    if task.fields.get("loss", "-") != "-":
+        parts.append(f"loss {task.fields['loss']}")
+    if task.fields.get("tokens_per_second"):
+        parts.append(f"{task.fields['tokens_per_second']:.0f} tokens/s")
+    if task.time_remaining:
+        parts.append(f"{task.time_remaining // 60:.0f}:{task.time_remaining % 60:02.0f} left")
+    return f"{task.description}: {', '.join(parts)}"
+
+
+@contextmanager
+def waiting(console, what: str) -> Iterator[None]:
+    """Says what goes on, again and again where it takes long, for what has no steps of its own."""
+    bar = Lines(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
+    bar.add_task(what, total=None)
+    with bar:
+        yield
+
+
 def progress(console) -> Progress:
-    """A task takes the field `loss` besides those of rich."""
-    return Progress(
+    """A task takes the fields `loss` and `tokens_per_second` besides those of rich."""
+    return Lines(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -52,7 +101,8 @@ class ProgressBar(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.step_start
         self.tokens = state.num_input_tokens_seen - self.tokens_at_start
-        self.update(completed=state.global_step)
+        speed = {"tokens_per_second": self.tokens / self.seconds} if self.seconds else {}
+        self.update(completed=state.global_step, **speed)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from fastpeft.cli import data, methods, models, tasks
@@ -29,16 +30,19 @@ def curve(trainer, key: str) -> list[list]:
 
 class Run:
     def __init__(self, settings: Settings, output: Output, processes, console):
-        self.settings = settings
         self.task = TASKS[settings.task]
         self.output = output
         self.processes = processes
         self.device = own_device(processes)
+        # After a --resume the settings hold the type that the run began with.
+        dtype, self.why_dtype = models.choose_dtype(settings.dtype, self.device.type)
+        self.settings = replace(settings, dtype=dtype)
         self.console = console
 
     def prepare(self) -> None:
         """Everything that bad input can spoil."""
         from fastpeft.cli import training
+        from fastpeft.cli.progress import waiting
 
         settings = self.settings
         training.optimizer_name(settings.optimizer, self.device)
@@ -53,7 +57,8 @@ class Run:
         if data.is_conversation(self.example) and self.tokenizer.chat_template is None:
             raise BadInput(f"--data: the tokenizer of {settings.model} has no chat template, which messages need")
         self.prepare_task(config)
-        self.model = self.adapted(source, config)
+        with waiting(self.console, "loading the model"):
+            self.model = self.adapted(source, config)
         self.print_plan()
 
     def prepare_task(self, config) -> None:
@@ -79,7 +84,8 @@ class Run:
         from transformers import set_seed
 
         settings = self.settings
-        dtype = torch.float32 if settings.way.family == "full" else None  # what trains is kept in float32
+        # What trains is kept in float32.
+        dtype = torch.float32 if settings.way.family == "full" else models.torch_dtype(settings.dtype)
         set_seed(settings.seed)  # a new head starts from random numbers
         base, fresh = models.load_base(
             source,
@@ -108,6 +114,7 @@ class Run:
             adapters = "no adapter"
         evaluation = 0 if self.eval_data is None else len(self.eval_data)
         self.console.print(f"[bold]{self.settings.model}[/] with {self.settings.method.value} on {self.device_name()}")
+        self.console.print(f"computed in {self.settings.dtype.value}: {self.why_dtype}")
         self.console.print(f"{self.trainable:,} of {self.total:,} parameters train; {adapters}")
         for reason, count in self.why_not.items():  # what stays slow is said, not left to be guessed
             self.console.print(f"{count} not accelerated: {reason}", markup=False)
@@ -120,7 +127,7 @@ class Run:
 
     def train(self, compare_steps: int) -> dict:
         from fastpeft.cli import sample, training
-        from fastpeft.cli.progress import ProgressBar
+        from fastpeft.cli.progress import ProgressBar, waiting
 
         start = time.perf_counter()
         bar = ProgressBar(self.console)
@@ -144,7 +151,8 @@ class Run:
             bar.bar.stop()
         peak_bytes = training.peak_bytes(self.device)
         eval_before, eval_after, measured = training.eval_results(trainer)
-        text = text and text.after()
+        with waiting(self.console, "writing a sample"):
+            text = text and text.after()
         seconds = time.perf_counter() - start
         metrics = {
             "method": self.settings.method.value,
@@ -164,6 +172,7 @@ class Run:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "device": self.device_name(),
+            "dtype": self.settings.dtype.value,
             "processes": self.processes.num_processes,
             "versions": self.versions(),
         }
@@ -171,12 +180,14 @@ class Run:
             from fastpeft.cli import steptime, tokentime
 
             settings = self.settings
-            metrics |= steptime.compare(
-                trainer, compare_steps, accelerated=settings.accelerate, of_peft=settings.way.of_peft
-            )
+            with waiting(self.console, "timing steps"):
+                metrics |= steptime.compare(
+                    trainer, compare_steps, accelerated=settings.accelerate, of_peft=settings.way.of_peft
+                )
             if self.task.generates:
                 prompt = sample.prompt_of(self.example, self.tokenizer)
-                metrics |= tokentime.compare(self.model, prompt, compare_steps)
+                with waiting(self.console, "timing answers"):
+                    metrics |= tokentime.compare(self.model, prompt, compare_steps)
         self.write(trainer, metrics, text)
         self.print_results(metrics, text)
         return metrics

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from fastpeft.cli import tasks
 from fastpeft.cli.errors import BadInput
 from fastpeft.cli.methods import encoder_of, load_head, load_peft_head, save_head
-from fastpeft.cli.models import compute_dtype
+from fastpeft.cli.models import Dtype
 from fastpeft.cli.tasks import TASKS
 from fastpeft.nn import delete_bottleneck, load_bottleneck, save_bottleneck
 from fastpeft.nn.prefix import load_encoder, save_encoder
@@ -95,7 +95,6 @@ class TaskTrainer(Checkpoints, Trainer):
 
 
 def arguments(settings, output, device, *, evaluates: bool) -> dict:
-    half = compute_dtype(device)
     steps = settings.steps
     return {
         "output_dir": str(output.checkpoints),
@@ -108,8 +107,8 @@ def arguments(settings, output, device, *, evaluates: bool) -> dict:
         "optim": optimizer_name(settings.optimizer, device),
         "seed": settings.seed,
         "use_cpu": device.type == "cpu",
-        "bf16": half == torch.bfloat16,
-        "fp16": half == torch.float16,
+        "bf16": settings.dtype == Dtype.bf16,
+        "fp16": settings.dtype == Dtype.fp16,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "logging_steps": max(1, steps // LOGS_A_RUN),

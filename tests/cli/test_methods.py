@@ -8,19 +8,23 @@ import torch
 
 import fastpeft
 from fastpeft.cli.methods import OPTIONS, WAYS, Method
+from fastpeft.cli.models import Dtype, choose_dtype, torch_dtype
 from fastpeft.memory import METHODS
+
+DTYPE = torch_dtype(choose_dtype(Dtype.auto, "cpu")[0])  # of a run on this machine
+
 
 # For twelve steps of a tiny model, which the defaults are not made for.
 LR = {"lora": 1e-2, "adapter": 1e-2, "ia3": 1e-1, "full": 3e-3, "prompt": 3e-2, "prefix": 1e-2}
 
 
-def load_base(model_dir, *, four_bit=False, dtype=torch.bfloat16):
+def load_base(model_dir, *, four_bit=False, dtype=DTYPE):
     from transformers import AutoModelForCausalLM
 
     from fastpeft.cli.models import nf4
     from fastpeft.integrations.bitsandbytes import close_cpu_trap
 
-    quantized = {"quantization_config": nf4(torch.bfloat16)} if four_bit else {}
+    quantized = {"quantization_config": nf4(DTYPE)} if four_bit else {}
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **quantized)
     close_cpu_trap(base)
     return base
@@ -42,7 +46,7 @@ def reloaded(method, model_dir, run, four_bit):
 
 def logits(model):
     ids = torch.arange(40).view(2, 20) * 5 % 250
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 == DTYPE):
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 
@@ -125,7 +129,7 @@ def test_the_evaluation_loss_of_conversations_is_the_mean_over_their_tokens(
     total, count = 0.0, 0
     for row in data.load(str(path), 0.25, seed=0)[1]:
         ids = torch.tensor([tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 == DTYPE):
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
         total, count = total + loss.item() * (ids.numel() - 1), count + ids.numel() - 1
     metrics = read_metrics(tmp_path / "run")

@@ -9,7 +9,11 @@ import fastpeft
 from fastpeft.cli import tasks
 from fastpeft.cli.errors import BadInput
 from fastpeft.cli.methods import OPTIONS, WAYS, load_head
+from fastpeft.cli.models import Dtype, choose_dtype, torch_dtype
 from fastpeft.cli.tasks import TASKS
+
+DTYPE = torch_dtype(choose_dtype(Dtype.auto, "cpu")[0])  # of a run on this machine
+
 
 WORDS = ["red", "blue", "green", "black"]
 
@@ -76,8 +80,8 @@ def reloaded(task, method, base, run):
 
     family, auto = WAYS[method].family, getattr(transformers, TASKS[task].auto)
     config = transformers.AutoConfig.from_pretrained(run) if (run / "config.json").exists() else None
-    quantized = {"quantization_config": nf4(torch.bfloat16, ["classifier", "pooler"])} if WAYS[method].four_bit else {}
-    model = auto.from_pretrained(run if family == "full" else base, config=config, dtype=torch.bfloat16, **quantized)
+    quantized = {"quantization_config": nf4(DTYPE, ["classifier", "pooler"])} if WAYS[method].four_bit else {}
+    model = auto.from_pretrained(run if family == "full" else base, config=config, dtype=DTYPE, **quantized)
     close_cpu_trap(model)
     if family == "adapter":
         fastpeft.nn.load_bottleneck(model, run)
@@ -93,7 +97,7 @@ def reloaded(task, method, base, run):
 def outputs(model):
     ids = torch.arange(40).view(2, 20) * 5 % 250
     extra = {"labels": ids[:, :7].contiguous()} if model.config.is_encoder_decoder else {}
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=torch.bfloat16 == DTYPE):
         out = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)
     return (out.logits if "logits" in out else torch.stack([out.start_logits, out.end_logits])).float()
 

@@ -19,8 +19,8 @@ from typing import Any
 COVERED = {
     "torch": ("2.11", "2.13"),
     "triton": ("3.6", "3.9"),
-    "transformers": ("5.6", "5.24"),
-    "peft": ("0.18", "0.21"),
+    "transformers": ("5.16", "5.24"),
+    "peft": ("0.20", "0.21"),
     "bitsandbytes": ("0.49", "0.50"),
     "trl": ("1.0", "1.16"),
     "numpy": ("2.0", "2.4"),

@@ -69,14 +69,9 @@ ENVIRONMENTS = (
     MAIN,
     Environment(
         "oldest",
-        "the lower bounds of pyproject.toml; LLaMA-Factory pins them",
-        ("transformers==5.6.0", "peft==0.18.1", "bitsandbytes==0.49.0", "accelerate", "safetensors"),
+        "the lower bounds of pyproject.toml; axolotl pins this transformers and peft",
+        ("transformers==5.16.1", "peft==0.20.0", "bitsandbytes==0.49.0", "accelerate", "safetensors"),
         quick=True,
-    ),
-    Environment(
-        "axolotl",
-        "axolotl pins them",
-        ("transformers==5.16.1", "peft==0.20.0", "bitsandbytes==0.49.2", "accelerate", "safetensors"),
     ),
     Environment(
         "past-key-values",

@@ -14,10 +14,10 @@ def assert_parity(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "") 
     actual: what is tested. plain: the formula in plain PyTorch in the same dtype. exact: the formula in float64.
 
     The floor is one unit in the last place of the largest value: a plain result may be exact by luck. The largest error
-    has a second part, since products are summed in float32 and another order of summation draws other errors: n terms of
-    either sign make a sum of sqrt(n) times their size, and n roundings an error of sqrt(n) times theirs, so the error
-    stays near one unit of float32 of the sum, however long it is; but the largest of N such errors is sqrt(2 ln N)
-    times that (the largest of N normal numbers).
+    has a second part, since products are summed in float32, and another order of summation draws other errors. n terms
+    of either sign make a sum of sqrt(n) times their size, and n roundings an error of sqrt(n) times theirs: the error
+    stays near one float32 unit of the sum, however long it is. But the largest of N such errors is sqrt(2 ln N) times
+    that, as of N normal numbers.
     """
     assert exact.dtype == torch.float64
     assert actual.shape == plain.shape == exact.shape, (what, actual.shape, plain.shape, exact.shape)

@@ -6,7 +6,9 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl")
+from fastpeft import expected
+
+PACKAGES = tuple(expected.COVERED)
 # Instruction sets that decide how fast 16-bit and 4-bit work is on a CPU.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "bf16", "sve")
 
@@ -88,6 +90,14 @@ def choices(op: str, rows):
     return result
 
 
+def covered(package: str, version: str) -> str:
+    """The range of a package's releases that the tests have run with, beside its version."""
+    if package not in expected.COVERED or version == "not installed":
+        return ""
+    outside = "; this one is outside" if expected.uncovered({package: version}) else ""
+    return " (tested: {} to {}{})".format(*expected.COVERED[package], outside)
+
+
 def table(found: dict):
     from rich.markup import escape
     from rich.table import Table
@@ -96,7 +106,7 @@ def table(found: dict):
     result.add_column(style="bold", no_wrap=True)
     result.add_column(overflow="fold")
     for name, text in found["versions"].items():
-        result.add_row(name, text)
+        result.add_row(name, text + covered(name, text))
     result.add_section()
     result.add_row("native module", escape(found["native"] and f"absent: {found['native']}" or "present"))
     for text in found["devices"]:

@@ -9,9 +9,11 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo test gates lint compat upgrade bench clean
 
-# A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it.
+# A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it. Few steps, so that it
+# takes minutes on a CPU without bf16 instructions, and so larger ones than by default.
 demo: $(INSTALLED)
-	$(BIN)/fastpeft finetune --model smollm2 --data pydoc --method qlora --output runs/demo --steps 60 --compare-steps 7
+	$(BIN)/fastpeft finetune --model smollm2 --data pydoc --method qlora --output runs/demo \
+	  --steps 16 --lr 1e-3 --compare-steps 3
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)

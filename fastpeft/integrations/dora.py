@@ -44,7 +44,11 @@ class FiniteDora(DoraLinearVariant):
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         norm_cache.forget()
-        weight = DoraLinearVariant.unmerge(module, active_adapter, orig_weight)
+        # peft's formula; its own forgets up to 0.20 that a Conv1D holds its weight transposed.
+        norm = module._cache_pop(f"{active_adapter}-weight_norm")
+        gain = module.lora_magnitude_vector[active_adapter].weight / norm
+        gain = gain.view(1, -1) if _rows_of(module) else gain.view(-1, 1)
+        weight = (orig_weight.data / gain - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
         kept = module._caches.pop(f"{active_adapter}-lost", None)  # None: peft merged it, before `accelerate`
         return weight if kept is None else weight.index_copy(_rows_of(module), kept[0], kept[1].to(weight.dtype))
 

@@ -149,8 +149,11 @@ def test_merge_and_unmerge_stay_finite_for_a_magnitude_of_zero(kind):
             magnitude[:2] = torch.tensor([0.0, -1.0])
     stock = copy.deepcopy(model).eval()
     stock.merge_adapter()
-    stock.unmerge_adapter()
-    assert not torch.isfinite(stock(input_ids=ids).logits).all()  # peft: divides by a gain of 0
+    try:
+        stock.unmerge_adapter()
+        assert not torch.isfinite(stock(input_ids=ids).logits).all()  # peft: divides by a gain of 0
+    except RuntimeError:
+        assert kind == "gpt2"  # peft 0.20: forgets that a Conv1D holds its weight transposed
     fastpeft.accelerate(model.eval())
     expected = model(input_ids=ids).logits
     model.merge_adapter()

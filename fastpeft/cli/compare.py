@@ -28,6 +28,7 @@ from fastpeft.cli.finetune import (
     Settings,
 )
 from fastpeft.cli.methods import OPTIONS, WAYS, Method
+from fastpeft.cli.models import Dtype
 from fastpeft.cli.output import METRICS, Output
 from fastpeft.cli.recommend import Quantize
 
@@ -89,10 +90,24 @@ def command(
     }
     chosen = parse_methods(methods)
     check_options(chosen, [name for name in options if finetune.is_given(context, name)])
-    comparison = Comparison(output, chosen, options, timed_steps)
+    options["dtype"], why_dtype = choose_dtype(output, dtype, resume=resume)
+    comparison = Comparison(output, chosen, options, timed_steps, why_dtype)
     comparison.check(resume=resume, overwrite=overwrite)
     failures = comparison.run(resume=resume)
     return 1 if failures else 0
+
+
+def choose_dtype(path: Path, asked: Dtype, *, resume: bool) -> tuple[Dtype, str]:
+    """One type for all methods, and why; the one that an interrupted comparison began with goes on."""
+    import torch
+
+    from fastpeft.cli import models
+
+    settings = Folder(path).settings
+    if resume and asked == Dtype.auto and settings.exists():
+        asked = Dtype(json.loads(settings.read_text()).get("dtype", Dtype.auto))
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return models.choose_dtype(asked, device.type)
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -149,13 +164,14 @@ class Folder(Output):
 
 
 class Comparison:
-    def __init__(self, path: Path, chosen: list[Method], options: dict, timed_steps: int):
+    def __init__(self, path: Path, chosen: list[Method], options: dict, timed_steps: int, why_dtype: str):
         self.folder = Folder(path)
         self.jobs = {
             method: Job(Settings(method=method, **options), self.folder.path / method.value, timed_steps)
             for method in chosen
         }
         self.settings = options | {"timed_steps": timed_steps}
+        self.why_dtype = why_dtype
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Everything that bad input can spoil, as far as it can be known without the model's weights."""
@@ -193,13 +209,18 @@ class Comparison:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.settings.write_text(json.dumps(self.settings, indent=2) + "\n")
         console = Console(highlight=False)
+        console.print(f"computed in {self.settings['dtype'].value}: {self.why_dtype}")
         failures = {}
         with progress(console) as rich_bar:
             bar = MethodsBar(rich_bar, len(self.jobs), self.settings["steps"])
             for method in self.jobs:
                 bar.begin(method.value)
-                if self.folder.metrics(method) is None and (reason := self.train(method, bar.update)):
-                    failures[method] = reason
+                try:
+                    if self.folder.metrics(method) is None and (reason := self.train(method, bar.update)):
+                        failures[method] = reason
+                except KeyboardInterrupt:
+                    console.print(f"{method.value} is not done; the same command with --resume goes on from there")
+                    raise
                 line = compare_report.one_line(method, self.folder.metrics(method), failures.get(method))
                 console.print(line, soft_wrap=True)
             bar.end()

@@ -33,9 +33,8 @@ class Lines(Progress):
 
     def write(self) -> None:
         while not self.ended.wait(SECONDS_BETWEEN_LINES):
-            for task in self.tasks:
-                if not task.finished:
-                    self.console.print(line(task), markup=False, highlight=False, soft_wrap=True)
+            for task in self.tasks:  # after their last step too: an evaluation may follow
+                self.console.print(line(task), markup=False, highlight=False, soft_wrap=True)
 
 
 def line(task) -> str:

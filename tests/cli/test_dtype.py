@@ -75,3 +75,15 @@ def test_resume_keeps_the_type_that_the_run_began_with(believe, tmp_path, monkey
     assert seen == [Dtype.bf16]
     with pytest.raises(BadInput, match="has dtype bf16, not"):
         module.finetune(dataclasses.replace(settings, dtype=Dtype.fp32), tmp_path / "run", resume=True)
+
+
+def test_compare_has_one_type_for_all_methods(believe, tmp_path):
+    from fastpeft.cli import compare
+
+    believe("0")
+    assert compare.choose_dtype(tmp_path, Dtype.auto, resume=False)[0] == Dtype.fp32
+    (tmp_path / compare.SETTINGS).write_text('{"dtype": "bf16"}')
+    assert compare.choose_dtype(tmp_path, Dtype.auto, resume=True)[0] == Dtype.bf16  # as it began, maybe elsewhere
+    assert compare.choose_dtype(tmp_path, Dtype.auto, resume=False)[0] == Dtype.fp32
+    with pytest.raises(BadInput, match="fp16 cannot be trained on a CPU"):
+        compare.choose_dtype(tmp_path, Dtype.fp16, resume=False)

@@ -33,6 +33,16 @@ def test_a_file_gets_a_line_every_so_many_seconds(monkeypatch):
     assert len(file.getvalue().splitlines()) == count  # it ends with the run
 
 
+def test_an_evaluation_after_the_last_step_is_not_silent(monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
+    file = io.StringIO()
+    bar = progress.progress(Console(file=file))
+    task = bar.add_task("evaluating", total=3, loss="-")
+    with bar:
+        bar.update(task, completed=3)
+        assert wait_for(file, 1)[0].startswith("evaluating: step 3 of 3")
+
+
 def test_what_has_no_steps_is_named_with_its_seconds(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
     file = io.StringIO()

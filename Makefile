@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 # takes minutes on a CPU without bf16 instructions, and so larger ones than by default.
 demo: $(INSTALLED)
 	$(BIN)/fastpeft finetune --model smollm2 --data pydoc --method qlora --output runs/demo \
-	  --steps 16 --lr 1e-3 --compare-steps 3
+	  --steps 10 --lr 1e-3 --compare-steps 3
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)

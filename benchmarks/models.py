@@ -62,6 +62,15 @@ def build(
     return model.train()
 
 
+def frozen(shape: Shape, dtype: str, device: str, checkpointing: bool) -> nn.Module:
+    """The dense model without an adapter, its embeddings asking for a gradient; a model of its own."""
+    model = _base(shape, "", DTYPES[dtype], device).requires_grad_(False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
 def _base(shape: Shape, method: str, dtype: torch.dtype, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 

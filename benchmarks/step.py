@@ -6,6 +6,10 @@ A step is forward with loss and backward, `--accumulation` times, then AdamW and
 SmolLM2-135M with random weights and 2 x 256 tokens. Loss and gradients of both sides are compared before anything is
 timed. The order of the sides is reversed from pair to pair, and a ratio is formed within a pair. On a CPU there is a
 ratio of processor time too: where others compute on the same machine, the wall clock measures them as well.
+
+With `--frozen` the same dense model without an adapter takes its turn too, stock and in a model of its own. Its
+embeddings ask for a gradient, so that it is computed through all layers as with an adapter: what the other two take
+longer is the price of the adapter.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from torch import nn
 
 from benchmarks.environment import RESULTS, append_csv, clocks, describe
 from benchmarks.harness import Device, quantile
-from benchmarks.models import DTYPES, METHODS, SHAPES, SIDES, build, check_gradients, fused, other
+from benchmarks.models import DTYPES, METHODS, SHAPES, SIDES, build, check_gradients, frozen, fused, other
 from benchmarks.shapes import DEVICES
 
 _FEWEST_PAIRS = 3
+FROZEN = "frozen"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,6 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--accumulation", type=int, default=1, help="forwards and backwards of a step")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each decoder layer in backward")
+    parser.add_argument("--frozen", action="store_true", help="time the model without an adapter too")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps a side")
     parser.add_argument("--seconds", type=float, help=f"stop after so long, with {_FEWEST_PAIRS} pairs or more")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.csv", metavar="CSV")
@@ -69,18 +75,21 @@ class Step:
     def __init__(self, model: nn.Module, tokens: torch.Tensor, accumulation: int):
         self.model, self.tokens, self.accumulation = model, tokens, accumulation
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)  # the Trainer's default
+        # The Trainer's default. A frozen model has nothing to optimize.
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True) if parameters else None
 
     def __call__(self) -> None:
         for _ in range(self.accumulation):
             self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Of each of SIDES: seconds and processor seconds of a run, a value a pair, and the peak of allocated bytes.
+    """Of each of SIDES: seconds and processor seconds of a run, a value a pair, and the peak of allocated bytes. Of
+    the frozen model, where there is one, seconds.
 
     On a CPU the peak is unknown (None); on a GPU processor time is the host's, and says nothing.
     """
@@ -94,6 +103,9 @@ class Pairs:
         median = {side: quantile(values, 0.5) for side, values in self.seconds.items()}
         pairs = _ratios(self.seconds)
         on_cpu = None in self.peak_bytes.values()
+        of_frozen = {side: "" for side in SIDES}
+        if FROZEN in self.seconds:
+            of_frozen = {side: round(quantile(_ratios(self.seconds, side, FROZEN), 0.5), 3) for side in SIDES}
         return {
             "repeats": len(pairs),
             **{f"{side}_ms": round(1e3 * median[side], 1) for side in SIDES},
@@ -101,13 +113,15 @@ class Pairs:
             "ratio_p20": round(quantile(pairs, 0.2), 3),
             "ratio_p80": round(quantile(pairs, 0.8), 3),
             "processor_ratio": round(quantile(_ratios(self.processor), 0.5), 3) if on_cpu else "",
+            "frozen_ms": round(1e3 * median[FROZEN], 1) if FROZEN in median else "",
+            **{f"{side}_to_frozen": of_frozen[side] for side in SIDES},
             **{f"{side}_tokens_per_s": round(tokens / median[side], 1) for side in SIDES},
             **{f"{side}_peak_bytes": "" if on_cpu else self.peak_bytes[side] for side in SIDES},
         }
 
 
-def _ratios(times: dict[str, list[float]]) -> list[float]:
-    return [peft / ours for peft, ours in zip(times["peft"], times["fastpeft"], strict=True)]
+def _ratios(times: dict[str, list[float]], over: str = "peft", under: str = "fastpeft") -> list[float]:
+    return [a / b for a, b in zip(times[over], times[under], strict=True)]
 
 
 def ratio_text(row: dict) -> str:
@@ -117,19 +131,28 @@ def ratio_text(row: dict) -> str:
 
 
 def in_pairs(
-    model: nn.Module, run: Callable[[], object], device: Device, repeats: int, seconds: float | None = None
+    model: nn.Module,
+    run: Callable[[], object],
+    device: Device,
+    repeats: int,
+    seconds: float | None = None,
+    frozen: Callable[[], object] | None = None,
 ) -> Pairs:
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
-    processor: dict[str, list[float]] = {side: [] for side in SIDES}
+    """Runs `run` with each of SIDES of `model` in turn, and `frozen` beside them."""
+    runs = {side: (prepare, run) for side, prepare in SIDES.items()}
+    if frozen is not None:
+        runs[FROZEN] = (lambda model: None, frozen)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
     peaks = dict.fromkeys(SIDES)
-    for side, prepare in SIDES.items():
+    for name, (prepare, timed) in runs.items():
         prepare(model)
-        run()  # warms caches and allocators up
-        if device.is_cuda:
+        timed()  # warms caches and allocators up
+        if device.is_cuda and name in SIDES:
             torch.cuda.reset_peak_memory_stats(device.device)
-            run()
+            timed()
             device.synchronize()
-            peaks[side] = torch.cuda.max_memory_allocated(device.device)
+            peaks[name] = torch.cuda.max_memory_allocated(device.device)
     gc.collect()
     gc.disable()
     began = time.perf_counter()
@@ -137,14 +160,15 @@ def in_pairs(
         for index in range(repeats):
             if seconds is not None and index >= _FEWEST_PAIRS and time.perf_counter() - began > seconds:
                 break
-            for side in list(SIDES) if index % 2 == 0 else reversed(SIDES):
-                SIDES[side](model)
+            for name in list(runs) if index % 2 == 0 else reversed(runs):
+                prepare, timed = runs[name]
+                prepare(model)
                 device.synchronize()
                 start, start_processor = time.perf_counter(), time.process_time()
-                run()
+                timed()
                 device.synchronize()
-                times[side].append(time.perf_counter() - start)
-                processor[side].append(time.process_time() - start_processor)
+                times[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - start_processor)
     finally:
         gc.enable()
     return Pairs(times, processor, peaks)
@@ -160,7 +184,10 @@ def main(argv: list[str] | None = None) -> None:
         model.enable_input_require_grads()
     tokens = torch.randint(0, shape.vocab, (args.batch, args.seq), device=args.device)
     check_gradients(model, tokens)
-    pairs = in_pairs(model, Step(model, tokens, args.accumulation), device, args.repeats, args.seconds)
+    beside = None
+    if args.frozen:
+        beside = Step(frozen(shape, args.dtype, args.device, args.checkpointing), tokens, args.accumulation)
+    pairs = in_pairs(model, Step(model, tokens, args.accumulation), device, args.repeats, args.seconds, beside)
     row = describe(device.device) | clocks(device.device) | {
         "model": args.model,
         "method": args.method,
@@ -179,6 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{row['device']}: {args.method}, {shape.layers} layers of {shape.hidden}, {row['tokens']} tokens, "
           f"{args.dtype}, rank {args.rank}, dropout {args.dropout}; {row['fused']}")  # fmt: skip
     print(f"{other(args.method)} {row['peft_ms']} ms, fastpeft {row['fastpeft_ms']} ms: {ratio_text(row)}")
+    if args.frozen:
+        print(f"the model without an adapter {row['frozen_ms']} ms: {other(args.method)} {row['peft_to_frozen']} times "
+              f"that, fastpeft {row['fastpeft_to_frozen']} times")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -338,7 +338,16 @@ def test_step_writes_a_row_of_both_sides(tmp_path, capsys):
     assert row["fused"].startswith("14 of 14") and row["repeats"] == "2" and row["accumulation"] == "2"
     assert float(row["ratio_p20"]) <= float(row["ratio"]) <= float(row["ratio_p80"])
     assert float(row["peft_tokens_per_s"]) == pytest.approx(16e3 / float(row["peft_ms"]), rel=0.05)
+    assert row["frozen_ms"] == row["fastpeft_to_frozen"] == ""
     assert "times as fast" in capsys.readouterr().out
+
+
+def test_step_beside_the_frozen_model(tmp_path, capsys):
+    out = tmp_path / "step.csv"
+    step.main(["--method", "dora", *SMALL, "--seq", "8", "--repeats", "2", "--frozen", "--out", str(out)])
+    (row,) = read_csv(out)
+    assert float(row["frozen_ms"]) > 0 and 0 < float(row["fastpeft_to_frozen"]) < 100
+    assert "the model without an adapter" in capsys.readouterr().out
 
 
 def test_step_does_not_time_a_wrong_model(monkeypatch, tmp_path):

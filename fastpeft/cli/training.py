@@ -20,7 +20,8 @@ from fastpeft.nn.prefix import load_encoder, save_encoder
 CHECKPOINTS_A_RUN = 5
 # However long the run is, no more than this is lost when it is interrupted.
 MOST_STEPS_BETWEEN_CHECKPOINTS = 100
-EVALUATIONS_A_RUN = 4
+# An evaluation can take as long as several steps.
+EVALUATIONS_A_RUN, FEWEST_STEPS_BETWEEN_EVALUATIONS = 4, 6
 # So many points are enough for a curve.
 LOGS_A_RUN = 100
 
@@ -114,7 +115,7 @@ def arguments(settings, output, device, *, evaluates: bool) -> dict:
         "logging_steps": max(1, steps // LOGS_A_RUN),
         "logging_first_step": True,
         "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": math.ceil(steps / EVALUATIONS_A_RUN),
+        "eval_steps": max(FEWEST_STEPS_BETWEEN_EVALUATIONS, math.ceil(steps / EVALUATIONS_A_RUN)),
         "eval_on_start": evaluates and output.resume_point(steps) is None,
         "save_steps": min(MOST_STEPS_BETWEEN_CHECKPOINTS, math.ceil(steps / CHECKPOINTS_A_RUN)),
         "save_total_limit": 2,  # one more than needed, for an interruption while the newest is written

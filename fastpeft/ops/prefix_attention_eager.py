@@ -6,11 +6,13 @@ those of the joint softmax. Joined, on a CPU: torch's op over copies in which th
 sequence. Blocks: where torch's op cannot (padding, windows, softcap) or is slower. A block of query rows has the scores
 of prefix and real keys side by side in one buffer, so that one softmax serves both.
 
-No tensor of S x (P + T) elements is made: temporaries are bounded by `_BLOCK_ELEMENTS`, or by 32 rows of scores.
+No tensor of S x (P + T) elements is made: temporaries are bounded by `_BLOCK_ELEMENTS`, or by 32 rows of scores of the
+sequences that are worked on together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -35,8 +37,13 @@ _FLASH_DEVICES = ("cuda",)
 # rows, 0.85 and 1.05, of 1024 0.81 and 0.93.
 _JOINED_ROWS, _JOINED_BACKWARD_ROWS = 64, 768
 _JOINED_PREFIXES = 4  # so many times P rows at least: the rows of zeros and the copies of the prefix should cost little
-# Of both: the backward makes the weights again as exp(score - lse): in float32 their error would be that of lse.
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_JOINED_DTYPES = (*_FLASH_DTYPES, torch.float32)
+# In float32 the forward of torch's op with an added mask is faster than blocks, and rows of zeros are faster still from
+# _JOINED_BACKWARD_ROWS on (2 threads, AVX2, 9 heads of 64, 3 of keys, P = 20; 2 x 256 rows: blocks 7.5 ms, mask 4.8;
+# 1 x 1024 rows: blocks 44, mask 33, zeros 22). The mask is as large as this at most, 16 MiB.
+_MASKED_DTYPES = (torch.float32,)
+_MASK_ELEMENTS = 2**22
 
 
 class Form(NamedTuple):
@@ -51,8 +58,8 @@ class Form(NamedTuple):
 def forward(q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, form) -> tuple[Tensor, Tensor]:
     """Returns out [B, H, S, D] in q's dtype, a token's heads side by side, and lse [B, H, S] in at least float32."""
     flash = flash_serves(q, k, cu_seqlens, key_padding_mask, form)
-    if q.numel() > 0 and not flash and _joins_forward(q, k, prefix_k, cu_seqlens, key_padding_mask, form):
-        return _joined_forward(q, k, v, prefix_k, prefix_v, key_padding_mask, form)
+    if q.numel() > 0 and not flash and (joined := _joins(q, k, prefix_k, cu_seqlens, key_padding_mask, form)):
+        return _joined_forward(q, k, v, prefix_k, prefix_v, form, joined)
     out = torch.empty_permuted(q.shape, (0, 2, 1, 3), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=_wide(q.dtype), device=q.device)
     if out.numel() == 0:
@@ -75,8 +82,8 @@ def backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, key_padding_mask, ou
         return [grad.zero_() for grad in grads]
     if flash_serves(q, k, cu_seqlens, key_padding_mask, form):
         _flash_backward(dout, q, k, v, prefix_k, prefix_v, cu_seqlens, form, out, lse, grads)
-    elif _joins_backward(q, k, prefix_k, cu_seqlens, key_padding_mask, form):
-        _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, grads)
+    elif joined := _joins(q, k, prefix_k, cu_seqlens, key_padding_mask, form, backward=True):
+        _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, joined, grads)
     else:
         for i in _documents(cu_seqlens):
             real = [t[:, :, i] for t in (dout, q, k, v)]
@@ -140,8 +147,12 @@ def _plan(q: Tensor, k: Tensor, P: int, form: Form) -> _Plan:
     budget = _BLOCK_ELEMENTS.get(q.device.type, _BLOCK_ELEMENTS["cuda"])
     if q.device.type == "cpu":
         budget *= torch.get_num_threads()
-    together = min(B, max(1, budget // (H * S * (P + T))))
-    step = S if together > 1 else min(S, max(_LEAST_ROWS, budget // (H * (P + T))))
+        # torch.bmm gives a thread whole heads: of 3 of them two threads would have 2 and 1.
+        balanced = math.lcm(Hkv, torch.get_num_threads()) // Hkv
+    else:
+        balanced = 1
+    together = min(B, max(balanced, budget // (H * S * (P + T)) // balanced * balanced))
+    step = min(S, max(_LEAST_ROWS, budget // (together * H * (P + T))))
     blocks = []
     for start in range(0, S, step):
         rows = slice(start, min(start + step, S))
@@ -252,57 +263,90 @@ def _block_backward(dout, q, k, v, prefix_k, prefix_v, mask, form, grads) -> Non
         dprefix_v += dvalues[:, :, :P].sum(0)
 
 
-# torch's flash attention over joined keys, on a CPU. Its causal mask lets row i see columns 0 to i, so P rows of zeros
-# before the queries make it ours; they neither get a gradient nor give one.
+# torch's flash attention over joined keys, on a CPU.
 
 
-def _joins_forward(q, k, prefix_k, cu_seqlens, mask, form: Form) -> bool:
-    S, T, P = q.shape[2], k.shape[2], prefix_k.shape[1]
-    if q.device.type != "cpu" or form.softcap is not None or form.window is not None or cu_seqlens is not None:
-        return False
-    aligned = mask is None and (S == T or not form.causal)
-    long = S >= _JOINED_ROWS and S >= _JOINED_PREFIXES * P
-    return S == 1 or (long and aligned and q.dtype in _FLASH_DTYPES)
+class _Joined(NamedTuple):
+    """How torch's op learns what a row sees. Its causal mask lets row i see columns 0 to i, so P rows of zeros before
+    the queries make it ours; they neither get a gradient nor give one. Or all is said by a mask that is added."""
+
+    zero_rows: int
+    causal: bool
+    added: Tensor | None  # [1 or B, 1, 1 or S, P + T]: 0 or -inf
 
 
-def _joins_backward(q, k, prefix_k, cu_seqlens, mask, form: Form) -> bool:
-    return q.shape[2] >= _JOINED_BACKWARD_ROWS and _joins_forward(q, k, prefix_k, cu_seqlens, mask, form)
-
-
-def _joined_forward(q, k, v, prefix_k, prefix_v, mask, form) -> tuple[Tensor, Tensor]:
-    (B, Hkv, _, D), S, P = k.shape, q.shape[2], prefix_k.shape[1]
-    keys, values = (_before_each(prefix, real) for prefix, real in ((prefix_k, k), (prefix_v, v)))
-    bias = None
-    if mask is not None:
-        bias = torch.zeros(B, 1, 1, keys.shape[2], dtype=q.dtype)
-        bias[..., P:].masked_fill_(~mask[:, None, None], float("-inf"))
+def _joins(q, k, prefix_k, cu_seqlens, mask, form: Form, *, backward: bool = False) -> _Joined | None:
+    """None where blocks are faster or torch's op cannot."""
+    (B, _, S, _), T, P = q.shape, k.shape[2], prefix_k.shape[1]
+    if q.device.type != "cpu" or form.softcap is not None or cu_seqlens is not None:
+        return None
+    if S == 1 and form.window is None:
+        return None if backward else _Joined(0, False, _added(q, k, P, mask, form))
+    if q.dtype not in (_FLASH_DTYPES if backward else _JOINED_DTYPES) or not multiplies_natively(q.dtype):
+        return None
     causal = form.causal and S > 1
+    by_zeros = mask is None and form.window is None and (S == T or not causal) and S >= _JOINED_PREFIXES * P
+    fewest = _JOINED_BACKWARD_ROWS if backward or q.dtype in _MASKED_DTYPES else _JOINED_ROWS
+    if by_zeros and S >= fewest:
+        return _Joined(P if causal else 0, causal, None)
+    # A row that sees nothing would make torch's op divide by zero.
+    sees_something = mask is None or form.window is None
+    if q.dtype in _MASKED_DTYPES and S > 1 and sees_something:
+        if (1 if mask is None else B) * S * (P + T) <= _MASK_ELEMENTS:
+            return _Joined(0, False, _added(q, k, P, mask, form))
+    return None
+
+
+def _added(q, k, P: int, mask, form: Form) -> Tensor | None:
+    """The mask that is added to the scores; None where every row sees all."""
+    S, T = q.shape[2], k.shape[2]
+    causal = form.causal and S > 1
+    if not causal and form.window is None and mask is None:
+        return None
+    hidden = torch.zeros(1, 1, S, P + T, dtype=torch.bool)
+    if causal or form.window is not None:
+        row, column = torch.arange(P + T - S, P + T)[:, None], torch.arange(P + T)
+    if causal:
+        hidden |= column > row
+    if form.window is not None:
+        hidden |= column <= row - form.window
+    if mask is not None:
+        real = torch.zeros(len(mask), 1, 1, P + T, dtype=torch.bool)
+        real[..., P:] = ~mask[:, None, None]
+        hidden = hidden | real
+    return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+
+
+def _joined_forward(q, k, v, prefix_k, prefix_v, form: Form, joined: _Joined) -> tuple[Tensor, Tensor]:
+    (B, Hkv, _, D), S = k.shape, q.shape[2]
+    keys, values = (_before_each(prefix, real) for prefix, real in ((prefix_k, k), (prefix_v, v)))
     # Of one query the heads that share a key become rows of one attention.
-    queries = q.reshape(B, Hkv, -1, D) if S == 1 else _after(P if causal else 0, q)
+    queries = q.reshape(B, Hkv, -1, D) if S == 1 else _after(joined.zero_rows, q)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        queries, keys, values, 0.0, causal, attn_mask=bias, scale=form.scale
+        queries, keys, values, 0.0, joined.causal, attn_mask=joined.added, scale=form.scale
     )
     if S == 1:
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
     return out[:, :, -S:].transpose(1, 2).contiguous().transpose(1, 2), lse[:, :, -S:].contiguous()
 
 
-def _joined_backward(dout, q, k, v, prefix_k, prefix_v, form, out, lse, grads) -> None:
+def _joined_backward(dout, q, k, v, prefix_k, prefix_v, form: Form, out, lse, joined: _Joined, grads) -> None:
     dq, dk, dv, dprefix_k, dprefix_v = grads
     Hkv, P = k.shape[1], prefix_k.shape[1]
-    # torch's op gives a thread whole heads of keys: of 3 of them two threads would have 2 and 1.
-    joined = (_before_each(prefix, real) for prefix, real in ((prefix_k, k), (prefix_v, v)))
-    keys, values = (t.repeat_interleave(q.shape[1] // Hkv, 1) for t in joined)
-    before = P if form.causal else 0
-    rows = (_after(before, t) for t in (out, lse))
+    # torch's op gives a thread whole heads of keys: of 3 of them two threads would have 2 and 1. And it would sum over
+    # the heads that share a key in 16 bits.
+    ours = (_before_each(prefix, real) for prefix, real in ((prefix_k, k), (prefix_v, v)))
+    keys, values = (t.repeat_interleave(q.shape[1] // Hkv, 1) for t in ours)
+    rows = (_after(joined.zero_rows, t) for t in (out, lse))
     dqueries, *dkeys_dvalues = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _after(before, dout), _after(before, q), keys, values, *rows, 0.0, form.causal, scale=form.scale
-    )
-    dq.copy_(dqueries[:, :, before:])
-    for joined, real, prefix in zip(dkeys_dvalues, (dk, dv), (dprefix_k, dprefix_v), strict=True):
-        joined = joined.unflatten(1, (Hkv, -1)).sum(2, dtype=prefix.dtype)
-        real.copy_(joined[:, :, P:])
-        torch.sum(joined[:, :, :P], 0, out=prefix)
+        _after(joined.zero_rows, dout), _after(joined.zero_rows, q), keys, values, *rows, 0.0, joined.causal,
+        attn_mask=joined.added, scale=form.scale,
+    )  # fmt: skip
+    dq.copy_(dqueries[:, :, joined.zero_rows :])
+    for grad, real, prefix in zip(dkeys_dvalues, (dk, dv), (dprefix_k, dprefix_v), strict=True):
+        grad = grad.unflatten(1, (Hkv, -1)).sum(2, dtype=prefix.dtype)
+        real.copy_(grad[:, :, P:])
+        torch.sum(grad[:, :, :P], 0, out=prefix)
 
 
 def _before_each(prefix: Tensor, real: Tensor) -> Tensor:
@@ -312,6 +356,8 @@ def _before_each(prefix: Tensor, real: Tensor) -> Tensor:
 
 def _after(rows: int, t: Tensor) -> Tensor:
     """t [B, H, S, ...] after so many rows of zeros."""
+    if rows == 0:
+        return t
     result = t.new_empty(*t.shape[:2], rows + t.shape[2], *t.shape[3:])
     result[:, :, :rows] = 0
     result[:, :, rows:] = t

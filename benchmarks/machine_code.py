@@ -5,6 +5,10 @@
 
 Both return `Kernel`s. What the compilers wrote is kept under a name that contains the hash of all that went in, so a
 change is seen and nothing else is compiled twice; several processes may ask at once.
+
+    python -m benchmarks.machine_code          compiles all and writes RECORD, a row a kernel (`make gates`)
+
+RECORD is committed. `stale` says which sources have changed since, and `compile_sample` compiles a part of it anew.
 """
 
 from __future__ import annotations
@@ -15,24 +19,28 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import re
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
-from benchmarks import launches
+from benchmarks import launches, sass
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "machine_code"
+_CORES = len(os.sched_getaffinity(0))
+RECORD = ROOT / "benchmarks" / "machine_code.csv"
 SETUP = runpy.run_path(str(ROOT / "setup.py"))  # the flags that users compile with
 
 CUDA_ARCHS = tuple(SETUP["DEFAULT_ARCHS"].split(";"))
@@ -89,9 +97,7 @@ def cuda_kernels(source: Path, archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kern
             raise RuntimeError(f"nvcc could not compile {source.name}:\n{run.stderr}")
         (folder / "ptxas.log").write_text(run.stderr)
 
-    headers = sorted([*source.parent.glob("*.cuh"), *source.parent.glob("*.h")])
-    toolkit = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    folder = _kept(source.stem, [source, *headers], [*command[:-1], toolkit], compile_into)
+    folder = _kept(source.stem, _cuda_sources(source), [*command[1:-1], nvcc_version()], compile_into)
 
     binary = folder / "module.fatbin"
     usages = _parse_ptxas((folder / "ptxas.log").read_text())
@@ -135,8 +141,8 @@ def triton_kernels(op: str, arch: str, cases: tuple[str, ...] = ()) -> list[Kern
             raise RuntimeError(f"the Triton kernels of {op} do not compile for sm_{arch}:\n{run.stdout}{run.stderr}")
         shutil.rmtree(folder / "triton")
 
-    sources = [*(ROOT / "triton_kernels").glob("*.py"), Path(launches.__file__)]
-    folder = _kept(f"{op}-triton-{arch}", sources, [version("triton"), version("torch"), *cases], compile_into)
+    options = [version("triton"), version("torch"), *cases]
+    folder = _kept(f"{op}-triton-{arch}", _triton_sources(op), options, compile_into)
     kernels = []
     for kept in json.loads((folder / "kernels.json").read_text()):
         (usage,) = _parse_ptxas(kept["log"])
@@ -156,12 +162,91 @@ def triton_kernels(op: str, arch: str, cases: tuple[str, ...] = ()) -> list[Kern
     return kernels
 
 
-def write_csv(kernels: list[Kernel], path: Path) -> None:
-    columns = [f.name for f in fields(Kernel) if f.name not in ("cases", "symbol", "binary")]
+@cache
+def nvcc_version() -> str:
+    """As "13.0.48"; "" where nvcc is not installed."""
+    nvcc = SETUP["find_nvcc"]()
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    found = re.search(r"V(\d+\.\d+\.\d+)", said)
+    return found[1] if found else ""
+
+
+# The record
+
+
+def row(kernel: Kernel) -> dict[str, str]:
+    """What RECORD has of a kernel. opcodes: a hash of all, in their order. sources: a hash of the text of all files
+    that the kernel is compiled from, and of the flags."""
+    opcodes = [instruction.opcode for instruction in sass.instructions(kernel.sass())]
+    values = {
+        "language": kernel.language,
+        "file": kernel.file,
+        "name": kernel.name,
+        "case": kernel.cases[0] if kernel.cases else "",
+        "arch": kernel.arch,
+        "threads": kernel.threads,
+        "registers": kernel.registers,
+        "shared_bytes": kernel.shared_bytes,
+        "stack_bytes": kernel.stack_bytes,
+        "spill_store_bytes": kernel.spill_store_bytes,
+        "spill_load_bytes": kernel.spill_load_bytes,
+        "instructions": len(opcodes),
+        "opcodes": hashlib.sha256("\n".join(opcodes).encode()).hexdigest()[:8],
+        "compiler": compiler(kernel.language),
+        "sources": sources_hash(kernel.language, kernel.file),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def compiler(language: str) -> str:
+    return f"nvcc {nvcc_version()}" if language == "cuda" else f"triton {version('triton')}"
+
+
+def sources_hash(language: str, file: str) -> str:
+    if language == "cuda":
+        return _digest(_cuda_sources(ROOT / "csrc" / file), SETUP["NVCC_FLAGS"])
+    return _digest(_triton_sources(file.removesuffix(".py")), [])
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    """What is one of a kind in RECORD."""
+    return tuple(row[name] for name in ("language", "file", "name", "arch"))
+
+
+def write_record(kernels: list[Kernel], path: Path) -> None:
+    with ThreadPoolExecutor(_CORES) as pool:  # a process disassembles each binary
+        rows = sorted(pool.map(row, kernels), key=key)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([getattr(kernel, column) for column in columns] for kernel in kernels)
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_record(path: Path = RECORD) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stale(rows: list[dict[str, str]]) -> list[str]:
+    """The files of `rows` whose sources have changed since, and the Triton ops that `rows` do not have."""
+    recorded = {(row["language"], row["file"]): row["sources"] for row in rows}
+    files = {("triton", f"{op}.py") for op in launches.TRITON} | set(recorded)
+    return [" ".join(file) for file in sorted(files) if recorded.get(file) != sources_hash(*file)]
+
+
+def compile_sample(rows: list[dict[str, str]], share: float, chance: random.Random) -> list[Kernel]:
+    """A random `share` of the Triton kernels of `rows`, and of the CUDA files with an architecture; these only where
+    nvcc is."""
+    triton = [row for row in rows if row["language"] == "triton"]
+    cases = defaultdict(set)
+    for chosen in chance.sample(triton, round(share * len(triton))):
+        cases[chosen["file"].removesuffix(".py"), chosen["arch"]].add(chosen["case"])
+    jobs = [partial(triton_kernels, op, arch, tuple(sorted(some))) for (op, arch), some in cases.items()]
+    cuda = sorted({(row["file"], row["arch"]) for row in rows if row["language"] == "cuda"})
+    if SETUP["find_nvcc"]():
+        chosen = chance.sample(cuda, round(share * len(cuda)))
+        jobs += [partial(cuda_kernels, ROOT / "csrc" / file, (arch,)) for file, arch in chosen]
+    return in_parallel(jobs)
 
 
 def dynamic_shared_bytes(kernel: str) -> int:
@@ -182,16 +267,13 @@ def compile_all(archs: tuple[str, ...] = CUDA_ARCHS) -> list[Kernel]:
 
 
 def in_parallel(jobs: list[Callable[[], list[Kernel]]]) -> list[Kernel]:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(_CORES) as pool:
         return [kernel for kernels in pool.map(lambda job: job(), jobs) for kernel in kernels]
 
 
 def _kept(stem: str, files: list[Path], options: list[str], fill: Callable[[Path], None]) -> Path:
     """A folder of KEPT that `fill` has filled from `files` and `options`, now or in an earlier process."""
-    digest = hashlib.sha256("\0".join(options).encode())
-    for file in sorted(files):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    folder = KEPT / f"{stem}-{digest.hexdigest()[:16]}"
+    folder = KEPT / f"{stem}-{_digest(files, options)}"
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits and finds the work done
@@ -203,6 +285,33 @@ def _kept(stem: str, files: list[Path], options: list[str], fill: Callable[[Path
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _digest(files: list[Path], options: list[str]) -> str:
+    digest = hashlib.sha256("\0".join(options).encode())
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _closure(file: Path, pattern: str) -> list[Path]:
+    """`file` and what it includes or imports, by the `pattern` that finds names of files of its own folder."""
+    found, open_ = {file}, [file]
+    while open_:
+        for name in re.findall(pattern, open_.pop().read_text(), flags=re.MULTILINE):
+            other = file.parent / (name if file.suffix == ".cu" else f"{name}.py")
+            if other not in found:
+                found.add(other)
+                open_.append(other)
+    return sorted(found)
+
+
+def _cuda_sources(source: Path) -> list[Path]:
+    return _closure(source, r'^\s*#include "(.+?)"')
+
+
+def _triton_sources(op: str) -> list[Path]:
+    return [*_closure(ROOT / "triton_kernels" / f"{op}.py", r"^from \.(\w+) import"), Path(launches.__file__)]
 
 
 def _parse_ptxas(log: str) -> list[dict]:
@@ -279,3 +388,14 @@ def _cuobjdump(arguments: list[str], expected: str) -> str:
                 return run.stdout
             said = run.stdout + run.stderr
     raise RuntimeError(f"cuobjdump {' '.join(arguments)}: {said}")
+
+
+def main() -> None:
+    if not SETUP["find_nvcc"]():
+        raise SystemExit("nvcc is not installed (PATH, CUDA_HOME): the record has the CUDA kernels too")
+    write_record(compile_all(), RECORD)
+    print(f"{RECORD.relative_to(ROOT)}: {len(read_record())} kernels, {compiler('cuda')}, {compiler('triton')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -529,14 +528,10 @@ _SUMMARY_COLUMNS = [
 
 
 def summary(arch: str) -> str:
-    path = machine_code.KEPT / "table.csv"
-    name = path.relative_to(machine_code.ROOT)
-    if not path.exists():
-        return f"tests/test_machine_code.py compiles every instance and writes it into {name}."
-    with path.open(newline="") as file:
-        rows = summary_rows(list(csv.DictReader(file)), arch)
-    written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes")
-    title = f"Every instance, as tests/test_machine_code.py compiled it into {name} ({written})"
+    table = machine_code.read_record()
+    rows = summary_rows(table, arch)
+    compilers = " and ".join(sorted({row["compiler"] for row in table}))
+    title = f"Every instance, as {compilers} compiled it into {machine_code.RECORD.relative_to(machine_code.ROOT)}"
     return "\n".join([title, "", text_table(_SUMMARY_COLUMNS, rows)]) if rows else ""
 
 

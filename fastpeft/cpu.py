@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import nn
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
+from fastpeft.backend import HALF_TYPES
 
 _logger = logging.getLogger("fastpeft")
 

@@ -21,16 +21,42 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-of-each",
+        action="store_true",
+        help="one case of each test and backend, and none that compiles kernels or takes long (make check)",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request):
     """Random inputs, the same in every run of a test; FASTPEFT_TEST_SEED draws others."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("FASTPEFT_TEST_SEED", "0")))
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+    if config.getoption("--one-of-each"):
+        kept, dropped = _one_of_each(items)
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+def _one_of_each(items):
+    """(those that `make check` runs, the others)"""
+    seen, kept, dropped = set(), [], []
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        runs_on = str(getattr(item, "callspec", None) and item.callspec.params.get("backend"))
+        what = item.nodeid.partition("[")[0], runs_on
+        left_out = item.get_closest_marker("slow") or item.get_closest_marker("gpu") or runs_on == "cuda-emulated"
+        if left_out or what in seen:
+            dropped.append(item)
+        else:
+            kept.append(item)
+            seen.add(what)
+    return kept, dropped

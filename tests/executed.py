@@ -51,6 +51,7 @@ def triton_kernels() -> list[str]:
 def _is_complete(config) -> bool:
     option = config.option
     narrowed = option.keyword or option.markexpr or option.collectonly or getattr(option, "lf", False)
+    narrowed = narrowed or option.one_of_each
     return config.args_source is config.ArgsSource.TESTPATHS and not narrowed
 
 

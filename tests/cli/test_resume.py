@@ -13,6 +13,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "no_accelerate"),
     [(method, False) for method in OPTIONS] + [("p-tuning-v2", True)],
@@ -81,6 +82,7 @@ def test_interrupted_before_the_first_checkpoint_leaves_nothing(finetune, interr
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_replaced_only_when_told_and_only_when_the_new_one_is_done(
     finetune, interrupt, monkeypatch, tmp_path
 ):

@@ -9,6 +9,8 @@ import pytest
 from . import Emulation, build
 from .emulation import kernel_name
 
+pytestmark = pytest.mark.slow
+
 INTRINSICS = Path(__file__).parent / "intrinsics"
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from . import Emulation, build
 
+pytestmark = pytest.mark.slow
+
 SCHEDULES = [("forward", 1), ("reverse", 1), ("random", 1), ("random", 2)]
 UNDEFINED = -1  # what the emulation gives for a lane that took no part
 

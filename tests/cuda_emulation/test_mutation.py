@@ -8,6 +8,8 @@ import pytest
 
 from . import build, mutate
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "tests" / "ops"
 

@@ -16,6 +16,8 @@ import pytest
 
 from . import build
 
+pytestmark = pytest.mark.slow
+
 PLANTED = Path(__file__).parent / "planted"
 MODES = ("plain", "race", "asan")
 WRONG = "wrong"  # not named, but no test can miss it: the result is wrong, in one of the orders at least

@@ -101,6 +101,7 @@ def test_folded_updates(kind):
     assert_same(loss_and_gradients(model, ids), stock, 1e-7)
 
 
+@pytest.mark.slow
 def test_folded_updates_have_the_loss_curve_of_peft():
     """30 steps in bf16 over a 4-bit base: the folded update follows stock peft as closely as the added one does."""
     curve = partial(loss_curve, quantize(llama(BF16), BF16), tokens(4, 24))
@@ -379,6 +380,7 @@ def test_trainable_bias_and_hotswap_scaling():
     assert_same(loss_and_gradients(model, ids), stock, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("llama", "llama4bit"))
 def test_compile_fullgraph(kind):
     model, ids = build(kind), tokens()
@@ -422,6 +424,7 @@ def _ddp_worker(rank: int, directory: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_ddp(tmp_path):
     """Two processes on halves of a batch: the averaged gradients are those of the whole batch."""
     torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)

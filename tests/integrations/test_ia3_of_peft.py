@@ -216,6 +216,7 @@ def test_what_is_not_understood_is_left_and_named():
         fastpeft.accelerate(model, strict=True)
 
 
+@pytest.mark.slow
 def test_compile_has_no_graph_break():
     model, ids = build("llama"), tokens()
     fastpeft.accelerate(model)

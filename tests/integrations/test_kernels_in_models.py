@@ -47,6 +47,7 @@ def test_training_has_the_gradients_of_eager(backend, dora):
         assert (kernels[name].cpu().double() - value).norm() <= allowed, name
 
 
+@pytest.mark.slow
 @both_methods
 @over("triton", "cuda")
 def test_dropout_has_the_mask_of_eager(backend, dora):
@@ -65,6 +66,7 @@ def test_dropout_has_the_mask_of_eager(backend, dora):
         assert (results[1][name].double() - value.double()).norm() <= 0.1 * value.double().norm(), name
 
 
+@pytest.mark.slow
 @both_methods
 @over("triton", "cuda")
 def test_decoding_gives_the_logits_of_eager(backend, dora):

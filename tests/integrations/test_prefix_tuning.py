@@ -405,6 +405,7 @@ def test_deepcopy_is_independent():
     assert not torch.allclose(results(model, **arguments)["logits"], expected["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ("none", "left"))
 def test_a_compiled_model(side):
     """One graph, in which the attention with its prefix is one node."""

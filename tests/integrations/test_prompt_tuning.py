@@ -423,6 +423,7 @@ def test_an_unwrapped_forward_has_the_signature_of_peft_but_is_ours():
     assert inspect.unwrap(stock.forward) == stock.forward
 
 
+@pytest.mark.slow
 def test_a_compiled_model():
     model, arguments = tuned(llama, "mlp"), arguments_for("mlp", text(), "right")
     fastpeft.accelerate(model)

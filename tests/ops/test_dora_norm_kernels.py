@@ -230,6 +230,7 @@ def test_the_same_bits_again(backend):
     assert all(torch.equal(norm, norms[0]) for norm in norms)
 
 
+@pytest.mark.slow
 def test_the_workspace_is_small():
     """Against what a dense copy of W would take."""
     workspace_bytes = backends.emulation().module.dora_norm_workspace_bytes

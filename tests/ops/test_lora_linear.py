@@ -99,6 +99,7 @@ def test_parity_over_codes_that_are_no_words(backend):
     check((x, replace(weight, packed=packed), *rest), backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "M,K,blocksize", [(1, 4160, 64), (2, 1096, 32), (9, 640, 128), (66, 328, 256), (3, 320, 512), (5, 576, 2048)]
 )
@@ -401,6 +402,7 @@ def test_compile_fullgraph(weight, dropout_p):
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.slow
 def test_compile_with_inductor_and_changing_batch():
     x, W, A, B, _, _ = problem((6, 64), 32, 4, FP32, FP32)
     compiled = torch.compile(lambda x: ops.lora_linear(x, W, A, B, 1.5) * 2, fullgraph=True, dynamic=True)

@@ -153,6 +153,7 @@ def test_codes_that_are_no_words_are_refused():
         kernels.lora_linear_fwd(x[:, :8], (moved(packed, 1), *rest), xa, xa.new_zeros(3, 2), None, 1.0, dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocksize", (0, 256))
 @TRITON
 def test_shared_sums(backend, blocksize, monkeypatch):

@@ -38,6 +38,7 @@ def test_choice_by_queries_training_and_dtype(monkeypatch):
     assert best(1, False, FP32) == best(1, False, torch.float64) == "eager"
 
 
+@pytest.mark.slow
 @TRITON
 def test_parity_of_both_forms(backend, form):
     check(small(), backend)
@@ -45,6 +46,7 @@ def test_parity_of_both_forms(backend, form):
     check(small(20, 37, P=33), backend, causal=False)
 
 
+@pytest.mark.slow
 @TRITON
 def test_parity_where_flash_cannot_serve(backend):
     check(small(3, 40, D=80), backend, key_padding_mask=padding(2, 40, "left"))
@@ -81,6 +83,7 @@ def test_no_rows_and_no_keys(backend):
     check(small(3, 0), backend, causal=False)
 
 
+@pytest.mark.slow
 @TRITON
 def test_results_repeat_bit_for_bit(backend, form):
     tensors = [t.to(backend.device) for t in small()]
@@ -88,6 +91,7 @@ def test_results_repeat_bit_for_bit(backend, form):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @KERNELS
 def test_compile_fullgraph(backend):
     tensors = [t.to(backend.device) for t in small(5, 12)]
@@ -97,6 +101,7 @@ def test_compile_fullgraph(backend):
     assert all(torch.equal(expected[name], got[name]) for name in got)
 
 
+@pytest.mark.slow
 @TRITON
 def test_opcheck(backend, form):
     """Among others that no result is a view of another, and that strides are those that a compiled graph expects."""

@@ -148,6 +148,7 @@ def test_triton_over_head_sizes(backend, D):
     check_triton(backend, 1, 2, 1, 40, 40, 20, D)
 
 
+@pytest.mark.slow
 @TRITON
 def test_triton_with_a_cache(backend):
     check_triton(backend, 2, 4, 2, 3, 130, 20, 64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastpeft import cpu
+from fastpeft import accelerate, cpu
 from fastpeft.ops import products
 
 
@@ -29,3 +29,13 @@ def test_float32_tiles_round_once_and_native_products_are_torchs(believed, dtype
     x, w, y, bias = (t.double() for t in (x, w, y, bias))
     for a, exact in zip(got, (x @ w.t() + bias, y + 0.5 * x @ w.t(), x.t() @ y), strict=True):
         torch.testing.assert_close(a.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_accelerate_says_once_that_float32_is_faster(believed, caplog):
+    cpu._say_once.cache_clear()
+    wide, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    for each in (wide, model, model):
+        accelerate(each)
+    said = [record.getMessage() for record in caplog.records if "float32" in record.getMessage()]
+    assert len(said) == (0 if believed else 1)
+    assert all("bfloat16" in line and "model.float()" in line for line in said)

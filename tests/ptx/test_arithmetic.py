@@ -10,6 +10,8 @@ from .exact import BITS, bits_of, round_to, samples, value_of
 from .parse import PtxError
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 INTEGERS = {"u16": "u2", "s16": "i2", "u32": "u4", "s32": "i4", "u64": "u8", "s64": "i8"}
 
 

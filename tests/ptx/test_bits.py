@@ -5,6 +5,8 @@ import pytest
 
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 THREADS = 256
 RNG = np.random.default_rng(0)
 WORDS = RNG.integers(0, 2**32, (3, THREADS), dtype="u4")

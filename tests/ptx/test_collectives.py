@@ -6,6 +6,8 @@ import pytest
 from .parse import PtxError
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 LANES = np.arange(32, dtype="u4")
 VALUES = LANES * 10 + 5
 REGISTERS = ".reg .pred p, q; .reg .b32 x;"

@@ -8,6 +8,8 @@ from .memory import Memory
 from .parse import PtxError
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 LANES = np.arange(32, dtype="u4")
 PREDICATES = ".reg .pred p, q; .reg .b32 x, i;"
 

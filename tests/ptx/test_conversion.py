@@ -11,6 +11,8 @@ from .exact import BITS, bits_of, round_to, samples, value_of
 from .parse import PtxError
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 COUNT = 1024
 NAN, INF = math.nan, math.inf
 

@@ -16,7 +16,7 @@ from .native import Native
 from .nvcc import ARCHS, CSRC, needs_nvcc, ptx_of
 from .parse import PtxError
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POISON = {torch.uint8: 0xA5}  # what an output holds before the launch; NaN where the dtype has one

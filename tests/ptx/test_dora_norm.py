@@ -11,7 +11,7 @@ from .nvcc import ARCHS, needs_nvcc
 from .test_csrc import native, output, random_weight, storage
 from .test_lora_linear import call
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -13,7 +13,7 @@ from .memory import Memory
 from .nvcc import ARCHS, CSRC, needs_nvcc, ptx_of
 from .parse import PtxError
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 SOURCE = Path(__file__).with_name("kernels") / "tensor_core.cu"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

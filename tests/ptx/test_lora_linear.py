@@ -1,6 +1,7 @@
 """The kernels of lora_linear and dora_linear, as nvcc compiles them, through their own launchers. Few shapes: this is
 about the instructions that no C++ compiler of a host sees; tests/ops/test_lora_kernels.py has the rest."""
 
+import pytest
 import torch
 
 from fastpeft.reference import nf4 as formula
@@ -11,7 +12,7 @@ from .memory import Memory
 from .nvcc import needs_nvcc
 from .test_csrc import DTYPES, native, output, random_weight, storage
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 SCALE = 1.7
 

@@ -11,6 +11,8 @@ from .memory import Memory
 from .parse import PtxError
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 LANES = np.arange(32, dtype="u4")
 SHARED = ".shared .align 16 .b8 tile[1024];"
 REGISTERS = ".reg .pred p; .reg .b32 s, x, y, z, w; .reg .b64 g;"

@@ -1,6 +1,7 @@
 """The kernels of prefix_attention_decode, as nvcc compiles them, through their own launcher. Few shapes: this is about
 the instructions that no C++ compiler of a host sees; tests/ops/test_prefix_attention_kernels.py has the rest."""
 
+import pytest
 import torch
 
 from fastpeft.reference.prefix_attention import prefix_attention as reference
@@ -11,7 +12,7 @@ from .nvcc import needs_nvcc
 from .test_csrc import native, output
 from .test_lora_linear import call
 
-pytestmark = needs_nvcc
+pytestmark = [needs_nvcc, pytest.mark.slow]
 
 
 def decode(csrc, B, H, L, T, P, D, dtype, softcap=None):

@@ -7,6 +7,8 @@ import torch
 from .parse import PtxError
 from .snippets import execute
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 TORCH = {"f16": torch.float16, "bf16": torch.bfloat16}
 

@@ -14,6 +14,8 @@ from .nvcc import BUILD, ROOT
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 
 def test_compiled_triton_kernels():
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(BUILD / "triton")}

@@ -31,9 +31,7 @@ def scale_columns_backward(
     """
     if x is None:
         return scale_columns(dy, gain) if need_dx else None, None
-    # Of one type it is faster on a CPU too: two passes, where the product and its sum are three (1536 columns: 0.8 to
-    # 1.8 ms).
-    if dy.numel() == 0 or (dy.dtype == gain.dtype and dy.is_cuda):
+    if dy.dtype == gain.dtype or dy.numel() == 0:
         return scale_columns(dy, gain) if need_dx else None, (dy * x).sum(0, dtype=gain.dtype)
     zeros, ones = torch.zeros_like(gain), torch.ones_like(gain)
     backward = torch.ops.aten.native_batch_norm_backward

@@ -213,9 +213,13 @@ def key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("language", "file", "name", "arch"))
 
 
-def write_record(kernels: list[Kernel], path: Path) -> None:
+def rows_of(kernels: list[Kernel]) -> list[dict[str, str]]:
     with ThreadPoolExecutor(_CORES) as pool:  # a process disassembles each binary
-        rows = sorted(pool.map(row, kernels), key=key)
+        return list(pool.map(row, kernels))
+
+
+def write_record(kernels: list[Kernel], path: Path) -> None:
+    rows = sorted(rows_of(kernels), key=key)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -229,9 +233,10 @@ def read_record(path: Path = RECORD) -> list[dict[str, str]]:
 
 def stale(rows: list[dict[str, str]]) -> list[str]:
     """The files of `rows` whose sources have changed since, and the Triton ops that `rows` do not have."""
-    recorded = {(row["language"], row["file"]): row["sources"] for row in rows}
-    files = {("triton", f"{op}.py") for op in launches.TRITON} | set(recorded)
-    return [" ".join(file) for file in sorted(files) if recorded.get(file) != sources_hash(*file)]
+    recorded = {("triton", f"{op}.py"): set() for op in launches.TRITON}
+    for row in rows:
+        recorded.setdefault((row["language"], row["file"]), set()).add(row["sources"])
+    return [" ".join(file) for file, hashes in sorted(recorded.items()) if hashes != {sources_hash(*file)}]
 
 
 def compile_sample(rows: list[dict[str, str]], share: float, chance: random.Random) -> list[Kernel]:

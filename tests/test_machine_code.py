@@ -167,7 +167,7 @@ def known(kernels):
 def differing(kernels, rows):
     """What came out otherwise than the record says, where the compiler is the same."""
     recorded, found = {machine_code.key(row): row for row in rows}, []
-    for now in map(machine_code.row, kernels):
+    for now in machine_code.rows_of(kernels):
         then = recorded.get(machine_code.key(now))
         if then is None:
             found.append(f"{now['name']}, sm_{now['arch']}: not in the record")

@@ -181,8 +181,10 @@ def measured(config, method, batch_size, seq_len, checkpointing):
 )
 def test_a_step(monkeypatch, config, method, batch_size, seq_len, checkpointing):
     monkeypatch.setattr(memory.os, "cpu_count", torch.get_num_threads)
-    # Where the CPU has no instructions for bf16: 12 MB of float32 tiles in all, nothing beside a model of real size.
-    monkeypatch.setattr(products, "_TILE", 32)
+    # The estimate is of a CPU with instructions for bf16. Without them products have float32 tiles, which at these sizes
+    # are as large as all else.
+    for ops in (products, prefix_attention_eager):
+        monkeypatch.setattr(ops, "multiplies_natively", lambda dtype: True)
     found = estimate(
         config,
         method,

@@ -181,8 +181,8 @@ def measured(config, method, batch_size, seq_len, checkpointing):
 )
 def test_a_step(monkeypatch, config, method, batch_size, seq_len, checkpointing):
     monkeypatch.setattr(memory.os, "cpu_count", torch.get_num_threads)
-    # The estimate is of a CPU with instructions for bf16. Without them products have float32 tiles, which at these sizes
-    # are as large as all else.
+    # The estimate is of a CPU with instructions for bf16. Without them products have float32 tiles, which at these
+    # sizes are as large as all else.
     for ops in (products, prefix_attention_eager):
         monkeypatch.setattr(ops, "multiplies_natively", lambda dtype: True)
     found = estimate(

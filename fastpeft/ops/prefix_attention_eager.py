@@ -3,11 +3,12 @@
 Flash: torch's own op attends over the real keys and returns the log-sum-exp; the prefix is a small product beside it,
 and both are merged in float32. In backward torch's op gets the merged output and log-sum-exp, so that its gradients are
 those of the joint softmax. Joined, on a CPU: torch's op over copies in which the prefix stands before the keys of each
-sequence. Blocks: where torch's op cannot (padding, windows, softcap) or is slower. A block of query rows has the scores
-of prefix and real keys side by side in one buffer, so that one softmax serves both.
+sequence; in float32, and in forward only, also with a mask that says what a row sees. Blocks: where torch's op cannot
+(softcap; in 16 bits padding and windows) or is slower. A block of query rows has the scores of prefix and real keys side
+by side in one buffer, so that one softmax serves both.
 
-No tensor of S x (P + T) elements is made: temporaries are bounded by `_BLOCK_ELEMENTS`, or by 32 rows of scores of the
-sequences that are worked on together.
+No tensor of S x (P + T) elements is made but that mask, of `_MASK_ELEMENTS` at most: temporaries are bounded by
+`_BLOCK_ELEMENTS`, or by 32 rows of scores of the sequences that are worked on together.
 """
 
 from __future__ import annotations
@@ -284,8 +285,10 @@ def _joins(q, k, prefix_k, cu_seqlens, mask, form: Form, *, backward: bool = Fal
         return None if backward else _Joined(0, False, _added(q, k, P, mask, form))
     if q.dtype not in (_FLASH_DTYPES if backward else _JOINED_DTYPES) or not multiplies_natively(q.dtype):
         return None
+    if S < _JOINED_PREFIXES * P:
+        return None
     causal = form.causal and S > 1
-    fewest = max(_JOINED_BACKWARD_ROWS if backward or q.dtype in _MASKED_DTYPES else _JOINED_ROWS, _JOINED_PREFIXES * P)
+    fewest = _JOINED_BACKWARD_ROWS if backward or q.dtype in _MASKED_DTYPES else _JOINED_ROWS
     if fewest <= S and mask is None and form.window is None and (S == T or not causal):
         return _Joined(P if causal else 0, causal, None)
     # A row that sees nothing would make torch's op divide by zero.

@@ -11,6 +11,7 @@ from tests.backends import over
 from tests.parity import assert_parity, leaf
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+JOINED_PREFIXES = eager._JOINED_PREFIXES
 NAMES = ("dq", "dk", "dv", "dprefix_k", "dprefix_v")
 
 
@@ -180,8 +181,8 @@ def test_no_keys(backend, form):
 
 
 def test_which_form_serves_on_a_cpu(monkeypatch):
-    """Long rows without a mask of their own go to torch's flash attention, and to blocks in a short backward; of
-    float32 all rows, and to blocks in backward."""
+    """Long rows without a mask of their own go to torch's flash attention, and to blocks in a short backward; in
+    float32 also few rows and masked ones, but to blocks in backward. A long prefix goes to blocks."""
     monkeypatch.setattr(eager, "multiplies_natively", lambda dtype: True)
     calls = []
     for name in ("_joined_forward", "_joined_backward", "_block_forward", "_block_backward"):
@@ -192,7 +193,8 @@ def test_which_form_serves_on_a_cpu(monkeypatch):
         (100, 3, BF16, {}, ["_joined_forward", "_block_backward"]),
         (100, 26, BF16, {}, ["_block_forward", "_block_backward"]),
         (800, 3, FP32, {}, ["_joined_forward", "_block_backward"]),
-        (40, 30, FP32, {}, ["_joined_forward", "_block_backward"]),
+        (40, 3, FP32, {}, ["_joined_forward", "_block_backward"]),
+        (40, 30, FP32, {}, ["_block_forward", "_block_backward"]),
         (40, 3, FP32, {"key_padding_mask": padding(1, 40, "left")}, ["_joined_forward", "_block_backward"]),
         (40, 3, FP32, {"softcap": 2.0}, ["_block_forward", "_block_backward"]),
         (800, 3, BF16, {"key_padding_mask": padding(1, 800, "left")}, ["_block_forward", "_block_backward"]),
@@ -251,10 +253,9 @@ def test_no_tensor_of_queries_times_keys(options, monkeypatch):
     assert largest.elements >= S * (P + S)  # the test can see what it forbids
 
 
-def test_the_prefix_is_not_copied_for_each_sequence(form):
-    """A prefix of 3000 positions, a batch of 32: its gradient is summed as it comes. torch's op asks for copies."""
-    if form in ("joined", "masked"):
-        pytest.skip("only blocks and the flash of a GPU")
+def test_a_long_prefix_is_not_copied_for_each_sequence(form, monkeypatch):
+    """A prefix of 3000 positions, a batch of 32: its gradient is summed as it comes, and no form copies it."""
+    monkeypatch.setattr(eager, "_JOINED_PREFIXES", JOINED_PREFIXES)
     tensors = problem(32, 2, 2, 4, D=8, P=3000)
     with Largest() as largest:
         run(ops.prefix_attention, tensors)

@@ -4,8 +4,8 @@ Flash: torch's own op attends over the real keys and returns the log-sum-exp; th
 and both are merged in float32. In backward torch's op gets the merged output and log-sum-exp, so that its gradients are
 those of the joint softmax. Joined, on a CPU: torch's op over copies in which the prefix stands before the keys of each
 sequence; in float32, and in forward only, also with a mask that says what a row sees. Blocks: where torch's op cannot
-(softcap; in 16 bits padding and windows) or is slower. A block of query rows has the scores of prefix and real keys side
-by side in one buffer, so that one softmax serves both.
+(softcap; in 16 bits padding and windows) or is slower. A block of query rows has the scores of prefix and real keys
+side by side in one buffer, so that one softmax serves both.
 
 No tensor of S x (P + T) elements is made but that mask, of `_MASK_ELEMENTS` at most: temporaries are bounded by
 `_BLOCK_ELEMENTS`, or by 32 rows of scores of the sequences that are worked on together.

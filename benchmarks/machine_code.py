@@ -174,15 +174,20 @@ def nvcc_version() -> str:
 # The record
 
 
+# What a kernel multiplies and moves with: its matrix products, its accesses of 8 bytes and more, and two that look up.
+NOTABLE = r"(HMMA|HGMMA|UTCHMMA|LDSM|LDGSTS|(LDG|STG|LDS)\..*(64|128)|SHFL|PRMT)"
+SEPARATOR = "; "  # between cases
+
+
 def row(kernel: Kernel) -> dict[str, str]:
-    """What RECORD has of a kernel. opcodes: a hash of all, in their order. sources: a hash of the text of all files
-    that the kernel is compiled from, and of the flags."""
+    """What RECORD has of a kernel. opcodes: those that match NOTABLE, each once. code: a hash of all, in their order.
+    sources: a hash of the text of all files that the kernel is compiled from, and of the flags."""
     opcodes = [instruction.opcode for instruction in sass.instructions(kernel.sass())]
     values = {
         "language": kernel.language,
         "file": kernel.file,
         "name": kernel.name,
-        "case": kernel.cases[0] if kernel.cases else "",
+        "cases": SEPARATOR.join(kernel.cases),
         "arch": kernel.arch,
         "threads": kernel.threads,
         "registers": kernel.registers,
@@ -191,7 +196,8 @@ def row(kernel: Kernel) -> dict[str, str]:
         "spill_store_bytes": kernel.spill_store_bytes,
         "spill_load_bytes": kernel.spill_load_bytes,
         "instructions": len(opcodes),
-        "opcodes": hashlib.sha256("\n".join(opcodes).encode()).hexdigest()[:8],
+        "opcodes": " ".join(sorted({opcode for opcode in opcodes if re.match(NOTABLE, opcode)})),
+        "code": hashlib.sha256("\n".join(opcodes).encode()).hexdigest()[:8],
         "compiler": compiler(kernel.language),
         "sources": sources_hash(kernel.language, kernel.file),
     }
@@ -245,7 +251,7 @@ def compile_sample(rows: list[dict[str, str]], share: float, chance: random.Rand
     triton = [row for row in rows if row["language"] == "triton"]
     cases = defaultdict(set)
     for chosen in chance.sample(triton, round(share * len(triton))):
-        cases[chosen["file"].removesuffix(".py"), chosen["arch"]].add(chosen["case"])
+        cases[chosen["file"].removesuffix(".py"), chosen["arch"]].add(chosen["cases"].split(SEPARATOR)[0])
     jobs = [partial(triton_kernels, op, arch, tuple(sorted(some))) for (op, arch), some in cases.items()]
     cuda = sorted({(row["file"], row["arch"]) for row in rows if row["language"] == "cuda"})
     if SETUP["find_nvcc"]():

@@ -39,8 +39,8 @@ from benchmarks import launches, sass
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "machine_code"
-_CORES = len(os.sched_getaffinity(0))
 RECORD = ROOT / "benchmarks" / "machine_code.csv"
+_CORES = len(os.sched_getaffinity(0))
 SETUP = runpy.run_path(str(ROOT / "setup.py"))  # the flags that users compile with
 
 CUDA_ARCHS = tuple(SETUP["DEFAULT_ARCHS"].split(";"))

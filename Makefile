@@ -22,11 +22,13 @@ check: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-# What `make test` asks of the machine code, of every configuration for every architecture: half an hour of two cores.
-# Writes what came out into benchmarks/machine_code.csv, which is committed with a change of kernels.
+# After a change of kernels, an hour of two cores: what `make test` takes a part of. The machine code of every
+# configuration for every architecture, written into benchmarks/machine_code.csv, which is committed with the change; then
+# all tests marked `sampled`.
 gates: $(INSTALLED)
 	$(BIN)/python -m benchmarks.machine_code
 	FASTPEFT_GATES=all $(BIN)/python -m pytest -v -n 0 tests/test_machine_code.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m sampled
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

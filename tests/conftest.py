@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from tests.backends import backend  # noqa: F401
 from tests.executed import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
+from tests.sampled import pytest_configure, pytest_configure_node, pytest_report_header, sample  # noqa: F401
 
 # pytest-xdist runs a process a core: threads of their own on top only take turns.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -41,8 +42,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+    kept, dropped = items, []
     if config.getoption("--one-of-each"):
         kept, dropped = _one_of_each(items)
+    elif config.sample_seed is not None:
+        kept, dropped = sample(items, config.sample_seed)
+    if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
 

@@ -48,7 +48,8 @@ def triton_kernels() -> list[str]:
     return [function.name for function in functions if function.name.endswith("_kernel")]
 
 
-def _is_complete(config) -> bool:
+def is_complete(config) -> bool:
+    """Whether all tests were asked for, as `make test` does."""
     option = config.option
     narrowed = option.keyword or option.markexpr or option.collectonly or getattr(option, "lf", False)
     narrowed = narrowed or option.one_of_each
@@ -76,7 +77,7 @@ def pytest_sessionfinish(session):
     config = session.config
     if hasattr(config, "workeroutput"):
         config.workeroutput["kernels"] = {how: dict(counts) for how, counts in _counts.items()}
-    elif _is_complete(config) and any(_missing().values()):
+    elif is_complete(config) and any(_missing().values()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -86,7 +87,7 @@ def pytest_terminal_summary(terminalreporter, config):
         for how, counts in _counts.items():
             for kernel, launches in sorted(counts.items()):
                 terminalreporter.line(f"{how}: {launches:6d} x {kernel}")
-    if _is_complete(config):
+    if is_complete(config):
         for how, kernels in _missing().items():
             for kernel in kernels:
                 terminalreporter.line(f"{how}: NOT EXECUTED by any test: {kernel}", red=True)

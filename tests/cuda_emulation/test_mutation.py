@@ -66,6 +66,7 @@ def outcome(module: Path, tests: Path, chosen: str = "") -> str:
     return names[code]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mutant", mutate.mutants(), ids=str)
 def test_mutation_is_caught(mutant, tmp_path):
     csrc = mutant.write(tmp_path)

@@ -20,6 +20,10 @@ BUILD = ROOT / "build" / "ptx"
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHS = SETUP["DEFAULT_ARCHS"].split(";")
 
+# A test for each architecture: in `make test` the oldest, the newest, and of the others a sample.
+each_arch = pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[pytest.mark.sampled] * (arch not in (ARCHS[0], ARCHS[-1]))) for arch in ARCHS]
+)
 needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed (PATH, CUDA_HOME)")
 
 

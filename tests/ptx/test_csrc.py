@@ -13,7 +13,7 @@ from tests.parity import assert_parity
 from .faults import registers_swapped, replaced, waits_off_by_one
 from .memory import Memory
 from .native import Native
-from .nvcc import ARCHS, CSRC, needs_nvcc, ptx_of
+from .nvcc import CSRC, each_arch, needs_nvcc, ptx_of
 from .parse import PtxError
 
 pytestmark = [needs_nvcc, pytest.mark.slow]
@@ -133,7 +133,7 @@ def merge(csrc, shape, R, dtype, blocksize=64, nested=False, scaling=1.7, factor
     return executed
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@each_arch
 def test_every_kernel_on_every_architecture(arch):
     csrc, executed = native(arch, FILES), []
     for nested in (False, True):

@@ -7,7 +7,7 @@ from fastpeft.reference import nf4 as formula
 from tests.parity import assert_parity
 
 from .memory import Memory
-from .nvcc import ARCHS, needs_nvcc
+from .nvcc import each_arch, needs_nvcc
 from .test_csrc import native, output, random_weight, storage
 from .test_lora_linear import call
 
@@ -44,7 +44,7 @@ def norm(csrc, shape, R, dtype, adapter, nf4=True, nested=False):
     return names
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@each_arch
 def test_every_kernel_on_every_architecture(arch):
     csrc, executed = native(arch, "dora_norm.cu"), []
     for dtype in (BF16, FP16):

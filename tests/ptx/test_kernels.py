@@ -10,7 +10,7 @@ import torch
 from .faults import registers_swapped, replaced, waits_off_by_one
 from .machine import launch, load
 from .memory import Memory
-from .nvcc import ARCHS, CSRC, needs_nvcc, ptx_of
+from .nvcc import CSRC, each_arch, needs_nvcc, ptx_of
 from .parse import PtxError
 
 pytestmark = [needs_nvcc, pytest.mark.slow]
@@ -54,7 +54,7 @@ def multiplies_large(ptx: str, type: str = "bf16", shape=(50, 40, 72)) -> bool:
     return torch.allclose(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@each_arch
 def test_the_wrappers_do_what_they_say(arch):
     ptx = ptx_of(SOURCE, arch)
     for type in DTYPES:
@@ -63,7 +63,7 @@ def test_the_wrappers_do_what_they_say(arch):
         assert loads_matrices(ptx, trans), trans
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@each_arch
 @pytest.mark.parametrize("type", DTYPES)
 def test_a_pipelined_product(type, arch):
     assert multiplies_large(ptx_of(SOURCE, arch), type)

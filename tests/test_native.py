@@ -1,6 +1,7 @@
 """The native module, as far as a machine without a GPU can tell: it builds, imports without a driver, and fails there
 with an error, not a crash. What its machine code must be like stands in test_machine_code.py."""
 
+import fcntl
 import os
 import re
 import runpy
@@ -20,7 +21,19 @@ needs_nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is no
 
 @pytest.fixture(scope="module")
 def native_module(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("native")
+    """Built once a run: of several processes of pytest-xdist one builds, and the others wait."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the run's; each process has a folder in it
+    with open(folder / "native.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "native-built").exists():
+            build_native(folder / "native")
+            (folder / "native-built").touch()
+    return next((folder / "native" / "fastpeft").glob("_cuda*.so"))
+
+
+def build_native(folder: Path) -> None:
     run = subprocess.run(
         [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}", f"--build-temp={folder / 'objects'}"],
         cwd=ROOT,
@@ -29,7 +42,6 @@ def native_module(tmp_path_factory) -> Path:
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    return next((folder / "fastpeft").glob("_cuda*.so"))
 
 
 def run_with_module(native_module: Path, code: str) -> str:

@@ -1,7 +1,6 @@
 """The native module, as far as a machine without a GPU can tell: it builds, imports without a driver, and fails there
 with an error, not a crash. What its machine code must be like stands in test_machine_code.py."""
 
-import fcntl
 import os
 import re
 import runpy
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.locked import locked
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +26,7 @@ def native_module(tmp_path_factory) -> Path:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # the run's; each process has a folder in it
-    with open(folder / "native.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / "native.lock"):
         if not (folder / "native-built").exists():
             build_native(folder / "native")
             (folder / "native-built").touch()

@@ -6,7 +6,6 @@ nothing, and after a change of one .cu only that is compiled.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -18,8 +17,10 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+
+from tests.locked import locked
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -201,7 +202,7 @@ def _run(command: list[str], folder: Path) -> None:
 def _made(path: Path, make: Callable[[Path], None]) -> Path:
     """`path`, made by one of all processes that want it; the others wait. Whoever sees it sees it whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if not path.exists():
             part = path.with_suffix(".part")
             make(part)
@@ -209,13 +210,6 @@ def _made(path: Path, make: Callable[[Path], None]) -> Path:
             _forget_old()
         os.utime(path)
     return path
-
-
-@contextmanager
-def _lock(path: Path):
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _forget_old() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -13,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+from tests.locked import locked
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -52,8 +53,7 @@ def cached(name: str, key: Iterable[str], build) -> Path:
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     path = BUILD / f"{digest}-{name}"
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / f"{digest}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(BUILD / f"{digest}.lock"):
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=BUILD) as folder:
                 build(Path(folder))
